@@ -1,0 +1,133 @@
+"""What a self-speculating run is told: one frozen `SelfSpecConfig`, and the flags that fill it.
+
+This is the only home of mode names, scheme names, defaults and bounds. It imports nothing heavy, so `--help`, the tests of bad
+input and the engine processes all read the same table. Values travel as values: flags -> `SelfSpecConfig` -> `config.json` ->
+Ray actor -> vLLM's `additional_config`; there are no environment variables of our own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+MODES = ("fixed", "toggle", "adaptive")
+"""fixed: always speculate, constant gamma (paper: rtn). toggle: switch on once in a rollout (paper: toggle).
+adaptive: toggle plus a gamma ladder between rollouts (paper: the full method). Vanilla is the absence of a mode."""
+
+DEFAULT_MODE = "fixed"
+"""What a bare `--self-spec` means. `auto` of the design takes its place once it can be defended with measurements."""
+
+QUANT_SCHEMES = ("w4", "w8a8", "none")
+"""w4: int4 weights, symmetric, one scale per group (W4A16). w8a8: int8 weights per channel, int8 activations per token.
+none: an unquantized copy, accepted 100% by construction; for tests of exactness, not for speed."""
+
+MAX_GAMMA = 16
+"""The paper sweeps to 15. vLLM's rejection sampler allows 128, but each unit costs draft slots for every request."""
+
+DEFAULT_GROUP_SIZE = 128
+
+
+class SelfSpecError(ValueError):
+    """Bad input from a user. The message is one line, names the flag or file at fault and says how to mend it."""
+
+
+@dataclass(frozen=True)
+class SelfSpecConfig:
+    """Everything the drafter, the policies and the records need to know.
+
+    Raises:
+        SelfSpecError: a value is out of bounds; the message names the flag.
+    """
+
+    mode: str = field(default=DEFAULT_MODE, metadata={"help": "When to speculate: " + ", ".join(MODES) + "."})
+    gamma: int = field(
+        default=3,
+        metadata={"help": "Draft tokens per cycle; with `adaptive`, the rung to start on. 0 never drafts (for measuring)."},
+    )
+    quant: str | None = field(
+        default=None,
+        metadata={"help": "Drafter weights: w4, w8a8 or none. Default: the scheme measured best on the platform (w4 on GPU)."},
+    )
+    group_size: int | None = field(
+        default=None,
+        metadata={"help": "Input channels per w4 scale; must divide every quantized linear. Default: 128, smaller where it must."},
+    )
+    ladder: tuple[int, ...] = field(
+        default=(1, 2, 3, 5, 7),
+        metadata={"help": "Rungs of gamma for `adaptive`, comma-separated, rising."},
+    )
+    toggle_batch: int = field(
+        default=32,
+        metadata={"help": "`toggle` and `adaptive` switch on at or below this many decoding requests per engine."},
+    )
+    ramp_up: int = field(
+        default=0,
+        metadata={"help": "`toggle` and `adaptive` wait until more than this many requests have decoded at once."},
+    )
+    raise_at: float = field(default=0.94, metadata={"help": "`adaptive` climbs a rung at or above this acceptance rate."})
+    lower_at: float = field(default=0.85, metadata={"help": "`adaptive` descends a rung at or below this acceptance rate."})
+    patience: int = field(default=2, metadata={"help": "Rollouts in a row before `adaptive` moves."})
+    run_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for config.json, provenance.json, metrics.jsonl. Alone (no mode) it records a vanilla run."},
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.mode in MODES, "--self-spec", f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
+        _require(
+            self.quant is None or self.quant in QUANT_SCHEMES,
+            "--self-spec.quant",
+            f"unknown scheme {self.quant!r}; choose one of {', '.join(QUANT_SCHEMES)}",
+        )
+        _require(0 <= self.gamma <= MAX_GAMMA, "--self-spec.gamma", f"{self.gamma} is out of range; give 0..{MAX_GAMMA}")
+        _require(
+            self.group_size is None or (self.group_size >= 2 and self.group_size % 2 == 0),
+            "--self-spec.group_size",
+            f"{self.group_size} is not a positive even number; give for example 128, 64 or 32",
+        )
+        _require(
+            self.group_size is None or self.quant in (None, "w4"),
+            "--self-spec.group_size",
+            f"means nothing with --self-spec.quant {self.quant}; drop it or use --self-spec.quant w4",
+        )
+        rungs = self.ladder
+        _require(
+            len(rungs) > 0 and list(rungs) == sorted(set(rungs)) and 1 <= rungs[0] and rungs[-1] <= MAX_GAMMA,
+            "--self-spec.ladder",
+            f"{','.join(map(str, rungs))} must rise strictly within 1..{MAX_GAMMA}, for example 1,2,3,5,7",
+        )
+        _require(
+            self.mode != "adaptive" or self.gamma in rungs,
+            "--self-spec.gamma",
+            f"{self.gamma} is not a rung of --self-spec.ladder {','.join(map(str, rungs))}; start on one of its rungs",
+        )
+        _require(self.toggle_batch >= 1, "--self-spec.toggle_batch", f"{self.toggle_batch} must be at least 1")
+        _require(self.ramp_up >= 0, "--self-spec.ramp_up", f"{self.ramp_up} must be 0 or more")
+        _require(
+            0.0 <= self.lower_at < self.raise_at <= 1.0,
+            "--self-spec.lower_at",
+            f"needs 0 <= lower_at < raise_at <= 1, got {self.lower_at} and {self.raise_at}",
+        )
+        _require(self.patience >= 1, "--self-spec.patience", f"{self.patience} must be at least 1")
+
+    @property
+    def gamma_max(self) -> int:
+        """The largest gamma this run can draft, at least 1: vLLM sizes its buffers by it."""
+        return max(1, self.gamma, *(self.ladder if self.mode == "adaptive" else ()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SelfSpecConfig":
+        """Inverse of `to_dict`, also after a trip through JSON. Raises SelfSpecError on an unknown key."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        _require(not unknown, "SelfSpecConfig", f"unknown field {', '.join(unknown)}")
+        return cls(**{**values, "ladder": tuple(values.get("ladder", cls.ladder))})
+
+
+def _require(condition: bool, what: str, message: str) -> None:
+    if not condition:
+        raise SelfSpecError(f"{what}: {message}")
