@@ -1,0 +1,155 @@
+"""Patches that let unmodified OpenRLHF 0.11.2 train without CUDA.
+
+OpenRLHF names CUDA literally: as the current device, in a device mesh, in its replay buffer, in its weight broadcast, and by importing
+flash-attn. `install()` answers each of those names on the CPU, one patch per name, each when its module is imported. It runs in the
+driver and, as Ray's `worker_process_setup_hook`, in every Ray worker; the vLLM engine's own processes need none of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from openrlhf_sd.cpu.import_patches import ModulePatch, patch_on_import
+
+WORKER_EXTENSION = "openrlhf_sd.cpu.weight_sync.CpuWorkerWrap"
+
+
+def is_needed() -> bool:
+    """True only where CUDA is absent."""
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def install() -> None:
+    """Patch this process. Idempotent. The caller has made sure that `is_needed()`; in a Ray worker the driver has."""
+    patch_on_import(PATCHES)
+
+
+@contextmanager
+def _torch(torch: ModuleType) -> Iterator[None]:
+    yield
+    # `.to(torch.cuda.current_device())` is how OpenRLHF puts tensors on the training device, all over the trainer.
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    # Called around training, weight sync and device selection. There is one device, nothing is asynchronous, nothing is cached.
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.empty_cache = lambda: None
+    # Handed to the communicator's broadcast(), which ignores it on the CPU.
+    torch.cuda.current_stream = lambda device=None: None
+
+
+@contextmanager
+def _ring_attn_utils(module: ModuleType) -> Iterator[None]:
+    # It imports flash-attn at module level for packing and ring attention, neither of which a CPU run may ask for. The stand-in is
+    # visible to this import only: transformers, vLLM and OpenRLHF's own loss probe for flash-attn and must keep finding none.
+    stand_ins = {
+        "flash_attn": (),
+        "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
+        "flash_attn.utils": (),
+        "flash_attn.utils.distributed": ("all_gather",),
+    }
+    for name, functions in stand_ins.items():
+        stand_in = ModuleType(name)
+        for function in functions:
+            setattr(stand_in, function, _refuse(f"{name}.{function}"))
+        sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+def _refuse(function: str) -> Callable[..., None]:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(
+            f"{function} was called, but there is no flash-attn on the CPU: use --ds.attn_implementation sdpa or eager, "
+            "and neither --ds.packing_samples nor --train.dynamic_batch_enable nor --ds.ring_attn_size > 1"
+        )
+
+    return refuse
+
+
+@contextmanager
+def _deepspeed_strategy(module: ModuleType) -> Iterator[None]:
+    yield
+    # setup_distributed() asks for a "cuda" mesh; DeepSpeed has initialized gloo.
+    init_device_mesh = module.init_device_mesh
+    module.init_device_mesh = lambda device_type, *args, **kwargs: init_device_mesh("cpu", *args, **kwargs)
+
+    # DeepSpeed's fused Adam for the CPU is a C++ extension compiled at first use; torch's AdamW does the same update as fast
+    # at the sizes a CPU can train, with no compiler and no half-minute wait.
+    get_train_ds_config = module.get_train_ds_config
+
+    @functools.wraps(get_train_ds_config)
+    def with_torch_adam(*args: object, **kwargs: object) -> dict:
+        config = get_train_ds_config(*args, **kwargs)
+        if config.get("optimizer", {}).get("type") == "AdamW":
+            config["optimizer"]["params"]["torch_adam"] = True
+        return config
+
+    module.get_train_ds_config = with_torch_adam
+
+    # The trainer passes "cuda" as the device of the moving average.
+    moving_average = module.DeepspeedStrategy.moving_average
+    module.DeepspeedStrategy.moving_average = lambda self, model, model_ema, beta, device: moving_average(
+        self, model, model_ema, beta, "cpu"
+    )
+
+
+@contextmanager
+def _replay_buffer(module: ModuleType) -> Iterator[None]:
+    yield
+    # Its constructor writes torch.device(f"cuda:{current_device}"), with an index where ours answers "cpu".
+    init = module.NaiveReplayBuffer.__init__
+    torch = module.torch
+
+    @functools.wraps(init)
+    def init_on_cpu(self: object, *args: object, **kwargs: object) -> None:
+        current_device = torch.cuda.current_device
+        torch.cuda.current_device = lambda: 0
+        try:
+            init(self, *args, **kwargs)
+        finally:
+            torch.cuda.current_device = current_device
+        self.target_device = torch.device("cpu")
+
+    module.NaiveReplayBuffer.__init__ = init_on_cpu
+
+
+@contextmanager
+def _distributed_util(module: ModuleType) -> Iterator[None]:
+    yield
+
+    # The trainer's end of the weight broadcast; `ppo_actor` imports it by name, and always after this patch.
+    def stateless_init_process_group(master_address: str, master_port: int, rank: int, world_size: int, device: object):
+        from openrlhf_sd.cpu.gloo_broadcast import GlooBroadcastGroup
+
+        return GlooBroadcastGroup(master_address, master_port, rank, world_size)
+
+    module.stateless_init_process_group = stateless_init_process_group
+
+
+@contextmanager
+def _vllm_engine(module: ModuleType) -> Iterator[None]:
+    yield
+    # create_vllm_engines() names this actor and its GPU-sized engine arguments literally. Ray refuses to subclass an actor
+    # class, so the subclass is made of what the decorator wrapped. Worker processes get it from the driver by value.
+    from openrlhf_sd.cpu.rollout_actor import cpu_rollout_actor
+
+    module.RolloutRayActor = cpu_rollout_actor(module.RolloutRayActor)
+
+
+PATCHES: dict[str, ModulePatch] = {
+    "torch": _torch,
+    "openrlhf.models.ring_attn_utils": _ring_attn_utils,
+    "openrlhf.utils.deepspeed.deepspeed": _deepspeed_strategy,
+    "openrlhf.trainer.ppo_utils.replay_buffer": _replay_buffer,
+    "openrlhf.utils.distributed_util": _distributed_util,
+    "openrlhf.trainer.ray.vllm_engine": _vllm_engine,
+}

@@ -1,0 +1,64 @@
+"""How Ray starts on a machine without GPUs, for an OpenRLHF that asks for one GPU per model replica."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+SPARE_SLOTS = 4
+"""Logical slots beyond the models': the trainer actor and OpenRLHF's short-lived helpers."""
+
+
+def ray_init_on_cpu(ray_init: Callable[..., Any], upstream: argparse.Namespace) -> Callable[..., Any]:
+    """A `ray.init` for OpenRLHF's own call: it adds virtual GPUs and the platform patches in every worker.
+
+    OpenRLHF calls it after its own checks of the flags, so nothing starts for a run that cannot begin.
+    """
+
+    def init(runtime_env: dict[str, Any], **kwargs: Any) -> Any:
+        env_vars = {**runtime_env["env_vars"], **worker_env_vars()}
+        runtime_env = {
+            **runtime_env,
+            "env_vars": env_vars,
+            "worker_process_setup_hook": "openrlhf_sd.cpu.platform.install",
+        }
+        if os.environ.get("RAY_ADDRESS"):  # a cluster someone else has sized
+            return ray_init(runtime_env=runtime_env, **kwargs)
+        slots = num_slots(upstream) + SPARE_SLOTS
+        return ray_init(
+            runtime_env=runtime_env,
+            # Logical: what is placed on them shares the real cores.
+            num_cpus=slots,
+            num_gpus=slots,
+            include_dashboard=False,
+            # A cluster and a folder of its own, or Ray would join another run's on the same machine, or another user's.
+            address="local",
+            _temp_dir=os.environ.get("RAY_TMPDIR") or tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
+            **kwargs,
+        )
+
+    return init
+
+
+def num_slots(upstream: argparse.Namespace) -> int:
+    """One logical GPU for every model replica OpenRLHF may place, by its flags."""
+    flags = vars(upstream)
+    replicas = sum(
+        flags[f"{role}.num_nodes"] * flags[f"{role}.num_gpus_per_node"] for role in ("actor", "ref", "reward", "critic")
+    )
+    return replicas + (flags["vllm.num_engines"] or 0) * flags["vllm.tensor_parallel_size"]
+
+
+def worker_env_vars() -> dict[str, str]:
+    """For every Ray worker of the run, unless the user's environment says otherwise."""
+    cores = sorted(os.sched_getaffinity(0))
+    ours = {
+        # Ray allows an actor one OpenMP thread per logical CPU, that is one; rollout and training take turns, so each may use all.
+        "OMP_NUM_THREADS": str(len(cores)),
+        # vLLM would keep one core free for its scheduler process, on two cores half the machine.
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+    }
+    return {name: os.environ.get(name, value) for name, value in ours.items()}

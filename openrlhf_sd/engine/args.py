@@ -1,0 +1,63 @@
+"""`engine_args`: the keyword arguments that turn a plain `vllm.LLM` or `AsyncLLM` into a self-speculating engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
+from openrlhf_sd.engine.quantize import check_group_size, default_group_size, linear_input_widths
+
+DEFAULT_QUANT = {"cpu": "w8a8", "cuda": "w4"}
+"""By measurement: README, section "Speed on a CPU". CUDA: the paper's scheme; not measured by us yet."""
+
+
+def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -> SelfSpecConfig:
+    """Fill in what depends on platform and model: scheme and group size.
+
+    Raises:
+        SelfSpecError: the model cannot be read, or the group size does not fit it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        hf_config = AutoConfig.from_pretrained(model, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise SelfSpecError(f"model: {model!r} holds no readable config.json ({str(error).splitlines()[0]})") from error
+    quant = config.quant or DEFAULT_QUANT["cpu" if current_platform.is_cpu() else "cuda"]
+    group_size = config.group_size
+    if quant == "w4":
+        widths = linear_input_widths(hf_config, tensor_parallel_size)
+        if group_size is None:
+            group_size = default_group_size(widths)
+        check_group_size(group_size, widths)
+    return dataclasses.replace(config, quant=quant, group_size=group_size)
+
+
+def engine_args(config: SelfSpecConfig, model: str | Path, tensor_parallel_size: int = 1) -> dict[str, Any]:
+    """Keyword arguments for `vllm.LLM(model, **args)`, `vllm.AsyncEngineArgs(model, **args)` and OpenRLHF's rollout actor.
+
+    The engine carries OpenRLHF's weight-sync RPCs: `collective_rpc("init_process_group", ...)` and
+    `collective_rpc("update_weight", (name, dtype, shape, empty_cache))`; the drafter is re-quantized when `empty_cache` is True.
+    """
+    resolved = resolve(config, str(model), tensor_parallel_size)
+    gamma_max = resolved.gamma_max
+    scheduler = "SelfSpecScheduler" if current_platform.is_cpu() else "SelfSpecAsyncScheduler"
+    return {
+        "worker_cls": "openrlhf_sd.engine.worker.SelfSpecWorker",
+        "worker_extension_cls": "openrlhf_sd.engine.weight_sync.SelfSpecWorkerWrap",
+        "scheduler_cls": f"openrlhf_sd.engine.scheduler.{scheduler}",
+        "speculative_config": {
+            "method": "draft_model",
+            "model": str(model),
+            "num_speculative_tokens": gamma_max,
+            # Greedy, upstream's default, accepts a few percent at temperature 1.
+            "draft_sample_method": "probabilistic",
+            # Turns on vLLM's per-step draft length; our scheduler replaces the table before every step.
+            "num_speculative_tokens_per_batch_size": [(1, 1, gamma_max)],
+        },
+        "additional_config": {"self_spec": resolved.to_dict()},
+    }

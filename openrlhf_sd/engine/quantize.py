@@ -1,0 +1,146 @@
+"""Round-to-nearest quantization of one policy weight into the checkpoint tensors that compressed-tensors layers load.
+
+Formulas are those of compressed-tensors 0.17 (`quantization/utils/helpers.py: calculate_qparams`, `forward.py: quantize`; a test
+holds them equal): symmetric, scale = max|w| over the group / ((2**bits - 1) / 2), q = clamp(round(w / scale)). Written out here
+because the library's observers and packers take several times longer than the memory traffic they need, and this runs after every
+weight broadcast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from openrlhf_sd.config import DEFAULT_GROUP_SIZE, SelfSpecError
+
+Tensors = list[tuple[str, torch.Tensor]]
+
+_ROWS_PER_CHUNK_BYTES = 1 << 20
+"""Work on about this many bytes of weight at a time, so that intermediates stay in the L2 cache."""
+
+
+def default_group_size(in_features: tuple[int, ...]) -> int:
+    """The largest power of two up to 128 that divides every input width.
+
+    Raises:
+        SelfSpecError: no group of at least 32 fits (vLLM's CPU kernel needs multiples of 32; Marlin knows 32, 64, 128).
+    """
+    group = DEFAULT_GROUP_SIZE
+    while group >= 32:
+        if all(width % group == 0 for width in in_features):
+            return group
+        group //= 2
+    raise SelfSpecError(
+        f"--self-spec.quant: w4 needs linear input widths that are multiples of 32, this model has {sorted(set(in_features))}; "
+        "use --self-spec.quant w8a8"
+    )
+
+
+def check_group_size(group_size: int, in_features: tuple[int, ...]) -> None:
+    """Raises SelfSpecError if an explicit group size does not divide a quantized linear's input width."""
+    for width in in_features:
+        if width % group_size:
+            raise SelfSpecError(
+                f"--self-spec.group_size: {group_size} does not divide the input width {width} of a quantized linear; "
+                f"use {default_group_size(in_features)} or leave it out"
+            )
+
+
+def linear_input_widths(hf_config: Any, tensor_parallel_size: int = 1) -> tuple[int, ...]:
+    """Input widths of the quantized decoder linears of a dense model, per tensor-parallel rank (row-parallel ones are cut).
+
+    `hf_config` is anything with the attributes of a Hugging Face text config.
+    """
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    return (
+        hf_config.hidden_size,
+        hf_config.num_attention_heads * head_dim // tensor_parallel_size,
+        hf_config.intermediate_size // tensor_parallel_size,
+    )
+
+
+def compressed_tensors_config(quant: str, group_size: int) -> dict[str, Any] | None:
+    """The `quantization_config` a compressed-tensors checkpoint of this scheme would carry; None for an unquantized copy."""
+    if quant == "none":
+        return None
+    weights: dict[str, Any] = {"type": "int", "symmetric": True, "dynamic": False}
+    if quant == "w4":
+        quant_format = "pack-quantized"
+        weights |= {"num_bits": 4, "strategy": "group", "group_size": group_size}
+        input_activations = None
+    else:
+        quant_format = "int-quantized"
+        weights |= {"num_bits": 8, "strategy": "channel"}
+        input_activations = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": quant_format,
+        "ignore": ["re:.*lm_head"],
+        "config_groups": {
+            "decoder_linears": {"targets": ["Linear"], "weights": weights, "input_activations": input_activations}
+        },
+    }
+
+
+def is_decoder_weight(name: str) -> bool:
+    """Whether a Hugging Face parameter belongs to a decoder layer; embeddings, the final norm and the head are shared instead."""
+    return name.startswith("model.layers.")
+
+
+def checkpoint_tensors(name: str, weight: torch.Tensor, quant: str, group_size: int) -> Tensors:
+    """One policy parameter as the drafter's checkpoint names it: a linear's (out, in) weight quantized, the rest unchanged."""
+    is_linear = weight.dim() == 2 and name.endswith(".weight")
+    if quant == "none" or not is_linear:
+        return [(name, weight)]
+    stem = name.removesuffix("weight")
+    if quant == "w4":
+        packed, scale = quantize_w4(weight, group_size)
+        shape = torch.tensor(weight.shape, dtype=torch.int64)
+        return [(f"{stem}weight_packed", packed), (f"{stem}weight_scale", scale), (f"{stem}weight_shape", shape)]
+    values, scale = quantize_w8(weight)
+    return [(f"{stem}weight", values), (f"{stem}weight_scale", scale)]
+
+
+def quantize_w4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, in) floats -> (out, in/8) int32 of eight offset-binary nibbles, low first, and (out, in/group) scales.
+
+    The scale is rounded to the weight's dtype before it divides, so that what the kernel multiplies by is what was divided by.
+    """
+    num_rows, num_cols = weight.shape
+    packed = torch.empty(num_rows, num_cols // 8, dtype=torch.int32, device=weight.device)
+    scale = torch.empty(num_rows, num_cols // group_size, dtype=weight.dtype, device=weight.device)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
+    for rows in _row_chunks(weight):
+        grouped = weight[rows].float().view(-1, num_cols // group_size, group_size)
+        rounded = _scale(grouped, bits=4).to(weight.dtype)
+        scale[rows] = rounded.squeeze(-1)
+        values = grouped.div_(rounded.float()).round_().clamp_(-8, 7).add_(8).to(torch.int32)
+        # Disjoint bit fields: the sum is the bitwise or. 15 << 28 wraps into the sign bit, as the format wants.
+        packed[rows] = (values.view(-1, num_cols // 8, 8) << shifts).sum(dim=-1, dtype=torch.int32)
+    return packed, scale
+
+
+def quantize_w8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, in) floats -> (out, in) int8 and (out, 1) float32 scales, one per output channel."""
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
+    for rows in _row_chunks(weight):
+        chunk = weight[rows].float()
+        scale[rows] = _scale(chunk, bits=8)
+        values[rows] = chunk.div_(scale[rows]).round_().clamp_(-128, 127).to(torch.int8)
+    return values, scale
+
+
+def _scale(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Symmetric scale over the last dimension, kept; an all-zero group gets the smallest scale instead of a division by zero."""
+    half_range = (2**bits - 1) / 2
+    low, high = torch.aminmax(values, dim=-1, keepdim=True)
+    return torch.maximum(high, -low).div_(half_range).clamp_(min=torch.finfo(torch.bfloat16).tiny)
+
+
+def _row_chunks(weight: torch.Tensor) -> list[slice]:
+    if weight.device.type != "cpu":
+        return [slice(None)]
+    step = max(1, _ROWS_PER_CHUNK_BYTES // (weight.shape[1] * 4))
+    return [slice(start, start + step) for start in range(0, weight.shape[0], step)]

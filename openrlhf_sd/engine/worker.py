@@ -1,0 +1,93 @@
+"""vLLM's worker hosting the self-drafter: installs it, follows weight syncs, refuses to run a drafter older than the policy."""
+
+from __future__ import annotations
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from openrlhf_sd.config import SelfSpecConfig
+from openrlhf_sd.engine import compat
+from openrlhf_sd.engine.drafter_weights import DrafterWeights
+from openrlhf_sd.engine.proposer import SelfDraftProposer
+
+
+class StaleDrafterError(RuntimeError):
+    """Generation was asked for while the drafter is older than the policy, or either is only partly updated."""
+
+
+class _SelfSpecWorking:
+    """Mixed into the platform's own Worker."""
+
+    def init_device(self) -> None:
+        compat.check_versions()
+        super().init_device()
+        config = SelfSpecConfig.from_dict(self.vllm_config.additional_config["self_spec"])
+        runner = self.model_runner
+        runner.drafter = SelfDraftProposer(
+            self.vllm_config, runner.device, runner, quant=config.quant, group_size=config.group_size
+        )
+        # Upstream stops drafting gamma_max tokens before the context ends and schedules zeros as drafts from there on. Our drafter
+        # needs no such margin: positions past the end get a padding slot and the scheduler trims the drafts.
+        runner.effective_drafter_max_model_len = runner.max_model_len + config.gamma_max + 1
+
+    def load_model(self, *args, **kwargs) -> None:
+        super().load_model(*args, **kwargs)
+        self._self_spec_policy_is_whole = True
+        self._self_spec_follow(self.model_runner.get_model())
+
+    def get_kv_cache_spec(self):
+        with self.model_runner.drafter.named_as_kv_sharers():
+            return super().get_kv_cache_spec()
+
+    @property
+    def self_spec_drafter(self) -> DrafterWeights:
+        return self.model_runner.drafter.weights
+
+    def _self_spec_follow(self, policy: torch.nn.Module) -> None:
+        """Every transport (NCCL, gloo, CUDA IPC, vLLM's own) hands its tensors to `policy.load_weights`; listen in there."""
+        load_policy_weights = policy.load_weights
+
+        def load_weights(weights):
+            weights = list(weights)
+            self._self_spec_policy_is_whole = False
+            loaded = load_policy_weights(weights)
+            for name, weight in weights:
+                self.self_spec_drafter.feed(name, weight)
+            return loaded
+
+        policy.load_weights = load_weights
+
+    def self_spec_finish_sync(self) -> None:
+        """End of a weight broadcast: from here on policy and drafter are whole and of one version."""
+        self.self_spec_drafter.finish()
+        self._self_spec_policy_is_whole = True
+
+    def self_spec_requantize_s(self) -> float | None:
+        """Seconds the last re-quantization took (an RPC for the rollout actor's record)."""
+        return self.self_spec_drafter.requantize_s
+
+    def execute_model(self, scheduler_output: SchedulerOutput):
+        if not (self._self_spec_policy_is_whole and self.self_spec_drafter.is_whole):
+            raise StaleDrafterError(
+                "self-speculation: a weight update is under way or ended without its end mark, so the drafter is older than the "
+                "policy; send the last parameter with update_weight(..., empty_cache=True) before generating"
+            )
+        return super().execute_model(scheduler_output)
+
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from openrlhf_sd.engine import cpu_repairs
+
+    class SelfSpecWorker(_SelfSpecWorking, CPUWorker):
+        def init_device(self) -> None:
+            cpu_repairs.install()
+            super().init_device()
+
+else:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    class SelfSpecWorker(_SelfSpecWorking, Worker):
+        pass

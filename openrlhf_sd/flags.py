@@ -1,0 +1,187 @@
+"""Our flags and OpenRLHF's: splitting a command line, and a parser of OpenRLHF's own flags that costs no import of torch or vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import dataclasses
+import datetime
+import difflib
+import importlib.util
+import io
+import os
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from openrlhf_sd.config import DEFAULT_MODE, MODES, SelfSpecConfig, SelfSpecError
+
+MODE_FLAG = "--self-spec"
+PREFIX = MODE_FLAG + "."
+UPSTREAM_MODULE = "openrlhf.cli.train_ppo_ray"
+
+FIELDS = {f.name: f for f in dataclasses.fields(SelfSpecConfig) if f.name != "mode"}
+"""Every field of SelfSpecConfig but the mode is a flag `--self-spec.FIELD`; the mode is the value of `--self-spec` itself."""
+
+
+def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None, list[str]]:
+    """Take our flags out of a command line.
+
+    Returns:
+        (config, run_dir, rest): config is None without `--self-spec`; run_dir is also in the config when there is one; rest is left
+        for OpenRLHF.
+
+    Raises:
+        SelfSpecError: an unknown or repeated flag of ours, a missing or malformed value, a value out of bounds, or a flag that
+            needs a mode and has none.
+    """
+    values: dict[str, Any] = {}
+    rest: list[str] = []
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        flag, has_value, value = token.partition("=")
+        if flag == MODE_FLAG:
+            if not has_value:
+                value = tokens.pop(0) if tokens and not tokens[0].startswith("-") else DEFAULT_MODE
+            _set_once(values, "mode", flag, value)
+        elif flag.startswith(PREFIX):
+            name = flag.removeprefix(PREFIX)
+            if name not in FIELDS:
+                raise SelfSpecError(f"{flag}: no such flag{_did_you_mean(flag, our_flags())}")
+            if not has_value:
+                if not tokens or tokens[0].startswith("--"):
+                    raise SelfSpecError(f"{flag}: needs a value")
+                value = tokens.pop(0)
+            _set_once(values, name, flag, _parse_value(flag, value))
+        else:
+            rest.append(token)
+
+    run_dir = values.get("run_dir")
+    if "mode" in values:
+        return SelfSpecConfig(**values), run_dir, rest
+    for name in values:
+        if name != "run_dir":
+            raise SelfSpecError(f"{PREFIX}{name}: means nothing without {MODE_FLAG}; add {MODE_FLAG} {DEFAULT_MODE} or drop it")
+    return None, run_dir, rest
+
+
+def our_flags() -> list[str]:
+    return [MODE_FLAG, *(PREFIX + name for name in FIELDS)]
+
+
+def our_help() -> str:
+    """Our part of `--help`, in the style of OpenRLHF's argparse."""
+    parser = argparse.ArgumentParser(prog="openrlhf-sd", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    group = parser.add_argument_group("self-speculation (openrlhf_sd)")
+    defaults = SelfSpecConfig()
+    group.add_argument(
+        MODE_FLAG,
+        nargs="?",
+        metavar="{" + ",".join(MODES) + "}",
+        help=f"Speculate with a quantized copy of the policy. Alone it means {DEFAULT_MODE}; absent, this is vanilla OpenRLHF.",
+    )
+    for name, f in FIELDS.items():
+        default = getattr(defaults, name)
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        suffix = "" if default is None else f" (default: {shown})"
+        group.add_argument(PREFIX + name, metavar=name.upper(), help=(f.metadata["help"] + suffix).replace("%", "%%"))
+    return parser.format_help()
+
+
+def upstream_parser() -> argparse.ArgumentParser:
+    """OpenRLHF's own parser, with its own flags, help and defaults.
+
+    Raises:
+        SelfSpecError: OpenRLHF is not installed.
+    """
+    build_parser, _ = _upstream_main()
+    namespace = {"argparse": types.SimpleNamespace(ArgumentParser=_UpstreamParser), "datetime": datetime.datetime}
+    exec(build_parser, namespace)
+    return namespace["parser"]
+
+
+def check_upstream(parsed: argparse.Namespace) -> None:
+    """Run OpenRLHF's own checks of its flags, silently; it repeats them, with its warnings, when it trains. Imports torch.
+
+    Raises:
+        SelfSpecError: with OpenRLHF's message.
+    """
+    _, check_args = _upstream_main()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(check_args, {"args": copy.deepcopy(parsed), "os": os})
+    except AssertionError as error:
+        raise SelfSpecError(f"OpenRLHF refuses these flags: {error}") from error
+
+
+def _upstream_main() -> tuple[types.CodeType, types.CodeType]:
+    """OpenRLHF's main program in two parts: the statements that build its parser, and those between parsing and `train(args)`.
+
+    Both live inside `if __name__ == "__main__":`, next to imports that take ten seconds, so neither can be imported. The first part
+    uses argparse and one date only.
+    """
+    spec = importlib.util.find_spec("openrlhf") and importlib.util.find_spec(UPSTREAM_MODULE)
+    if spec is None or spec.loader is None:
+        raise SelfSpecError("openrlhf: not installed in this Python; run examples/setup.sh first")
+    source = spec.loader.get_source(UPSTREAM_MODULE)
+    [main_block] = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    texts = [ast.unparse(statement) for statement in main_block.body]
+    parse, train = texts.index("args = parser.parse_args()"), texts.index("train(args)")
+    return (
+        compile("\n".join(texts[:parse]), UPSTREAM_MODULE, "exec"),
+        compile("\n".join(texts[parse + 1 : train]), UPSTREAM_MODULE, "exec"),
+    )
+
+
+def parse_upstream(argv: Sequence[str]) -> argparse.Namespace:
+    """OpenRLHF's flags as a flat namespace with dotted names, every default filled in.
+
+    Raises:
+        SelfSpecError: an unknown flag or a malformed value.
+    """
+    parser = upstream_parser()
+    parsed, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        flag = next((token for token in unknown if token.startswith("-")), unknown[0])
+        known = [*parser._option_string_actions, *our_flags()]
+        raise SelfSpecError(f"{flag}: no such flag{_did_you_mean(flag.partition('=')[0], known)}")
+    return parsed
+
+
+class _UpstreamParser(argparse.ArgumentParser):
+    """Reports by exception, in one line, and takes no abbreviations: a mistyped flag must not become another one."""
+
+    def __init__(self) -> None:
+        super().__init__(prog="openrlhf-sd", usage=argparse.SUPPRESS, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise SelfSpecError(message.removeprefix("argument "))
+
+
+def _set_once(values: dict[str, Any], name: str, flag: str, value: Any) -> None:
+    if name in values:
+        raise SelfSpecError(f"{flag}: given twice")
+    values[name] = value
+
+
+def _parse_value(flag: str, text: str) -> Any:
+    """Text -> the type of the field, read from SelfSpecConfig's annotations."""
+    kind = typing.get_type_hints(SelfSpecConfig)[flag.removeprefix(PREFIX)]
+    if typing.get_origin(kind) is types.UnionType:
+        kind = next(choice for choice in typing.get_args(kind) if choice is not type(None))
+    try:
+        if typing.get_origin(kind) is tuple:
+            return tuple(int(part) for part in text.split(","))
+        return kind(text)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}.get(kind, "whole numbers separated by commas")
+        raise SelfSpecError(f"{flag}: {text!r} is not {wanted}") from None
+
+
+def _did_you_mean(flag: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else "; see openrlhf-sd --help"

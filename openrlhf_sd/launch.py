@@ -1,0 +1,115 @@
+"""`openrlhf-sd`: OpenRLHF's PPO/GRPO training, with self-speculating rollout engines if asked for.
+
+    openrlhf-sd --self-spec [fixed|toggle|adaptive] [--self-spec.FIELD VALUE ...] <any flag of openrlhf.cli.train_ppo_ray>
+    openrlhf-sd <any flag of openrlhf.cli.train_ppo_ray>        vanilla OpenRLHF; also without a GPU
+    openrlhf-sd compare RUN_DIR RUN_DIR ...                     what two runs have recorded, side by side
+    openrlhf-sd --help
+
+`python -m openrlhf_sd.launch` is the same. Exit codes: 0 finished, 2 bad input, 130 interrupted, 1 anything else, with a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from openrlhf_sd import flags, preflight, provenance
+from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
+from openrlhf_sd.cpu import platform, ray_start
+from openrlhf_sd.process_tree import adopt_orphans, end_descendants
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["compare"]:
+            from openrlhf_sd import report
+
+            return report.main(argv[1:]) or 0
+        if not argv or "-h" in argv or "--help" in argv:
+            print(__doc__.strip(), flags.our_help(), "OpenRLHF's own flags:", flags.upstream_parser().format_help(), sep="\n\n")
+            return 0
+        return run(argv)
+    except SelfSpecError as error:
+        print(f"openrlhf-sd: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("openrlhf-sd: interrupted", file=sys.stderr)
+        return 130
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check, record and train. Raises SelfSpecError before anything has started."""
+    config, run_dir, upstream_argv = flags.split_flags(argv)
+    upstream = flags.parse_upstream(upstream_argv)
+    preflight.check(config, run_dir, upstream)
+    if run_dir is not None and vars(upstream)["logger.tensorboard_dir"] is None:
+        upstream_argv += ["--logger.tensorboard_dir", str(Path(run_dir) / "tensorboard")]
+        upstream = flags.parse_upstream(upstream_argv)
+
+    # From here on torch is loaded, and soon the rest: say so before the silence.
+    mode = "vanilla OpenRLHF" if config is None else f"OpenRLHF with self-speculation ({config.mode})"
+    print(f"openrlhf-sd: {mode}: checking flags, then starting Ray and the engines (about a minute)", flush=True)
+    on_cpu = platform.is_needed()
+    if on_cpu:
+        preflight.check_cpu(upstream)
+    flags.check_upstream(upstream)
+
+    if run_dir is None:
+        train(config, None, upstream_argv, upstream, on_cpu)
+        return 0
+    provenance.begin_run(Path(run_dir), argv, config, vars(upstream))
+    status = "failed"
+    try:
+        train(config, run_dir, upstream_argv, upstream, on_cpu)
+        status = "finished"
+    finally:
+        provenance.end_run(Path(run_dir), status)
+        print(f"openrlhf-sd: {status}; records in {run_dir}", flush=True)
+    return 0
+
+
+def train(
+    config: SelfSpecConfig | None,
+    run_dir: str | None,
+    upstream_argv: Sequence[str],
+    upstream: argparse.Namespace,
+    on_cpu: bool,
+) -> None:
+    """Run OpenRLHF's own main program in this process. Returns when training has ended; leaves no process behind either way."""
+    if on_cpu:
+        platform.install()
+
+    import openrlhf.trainer.ray
+    import ray
+
+    if on_cpu:
+        ray.init = ray_start.ray_init_on_cpu(ray.init, upstream)
+    if config is not None or run_dir is not None:
+        from openrlhf_sd.rollout_actor import make_create_vllm_engines
+
+        openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(config, run_dir, {"on_cpu": on_cpu})
+
+    old_argv, old_handler = sys.argv, signal.signal(signal.SIGTERM, _interrupt)
+    sys.argv = ["openrlhf-sd", *upstream_argv]
+    adopt_orphans()
+    try:
+        runpy.run_module(flags.UPSTREAM_MODULE, run_name="__main__")
+    finally:
+        ray.shutdown()
+        end_descendants()
+        sys.argv = old_argv
+        signal.signal(signal.SIGTERM, old_handler)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    """A SIGTERM ends the run like Ctrl-C does, so that Ray and the engines go with it."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

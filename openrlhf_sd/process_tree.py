@@ -1,0 +1,44 @@
+"""No process of ours outlives the launcher. Linux only, as vLLM and Ray are here."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+PR_SET_CHILD_SUBREAPER = 36
+GRACE_S = 5.0
+
+
+def adopt_orphans() -> None:
+    """From now on a descendant whose parent dies becomes our child, not init's, so that `end_descendants` still finds it.
+
+    Ray ends its workers, but the engine processes vLLM started inside them notice only some time later.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def end_descendants() -> None:
+    """Terminate every process started under this one; kill what is left after `GRACE_S` seconds."""
+    import psutil
+
+    descendants = psutil.Process(os.getpid()).children(recursive=True)
+    for process in descendants:
+        _signal(process.terminate)
+    _, alive = psutil.wait_procs(descendants, timeout=GRACE_S)
+    for process in alive:
+        _signal(process.kill)
+    psutil.wait_procs(alive, timeout=GRACE_S)
+
+
+def _signal(send) -> None:
+    import psutil
+
+    try:
+        send()
+    except psutil.NoSuchProcess:
+        pass  # it ended by itself, which is what was wanted
