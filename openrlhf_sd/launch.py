@@ -92,7 +92,7 @@ def train(
     if config is not None or run_dir is not None:
         from openrlhf_sd.rollout_actor import make_create_vllm_engines
 
-        openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(config, run_dir, {"on_cpu": on_cpu})
+        openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(config, run_dir)
 
     old_argv, old_handler = sys.argv, signal.signal(signal.SIGTERM, _interrupt)
     sys.argv = ["openrlhf-sd", *upstream_argv]

@@ -21,12 +21,13 @@ from build_model import save_policy
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-BATCH_SIZE = 64
-POOL_BATCHES = 16
-"""Demonstrations are drawn 16 batches at a time and sorted by length, so that a batch holds little padding."""
-PEAK_LR = 2e-3
+BATCH_SIZE = 16
+POOL_BATCHES = 64
+"""Demonstrations are drawn 64 batches at a time and sorted by length, so that a batch holds little padding."""
+MUON_LR = 0.02
+ADAM_LR = 3e-3
 WARMUP_STEPS = 20
-EVAL_PROMPTS = 256
+EVAL_PROMPTS = 128
 EVAL_SEED = 1_000_003
 """Far from the seeds of training prompts, so the accuracy is on freshly drawn problems."""
 
@@ -60,19 +61,29 @@ def imitation_loss(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, 
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> None:
-    """AdamW with a linear warm-up and a linear decay to zero; changes `model` in place."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    shape = lambda step: min(1.0, (step + 1) / WARMUP_STEPS) * (1.0 - step / steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    """Linear warm-up, constant for the first half, linear decay to zero; changes `model` in place.
+
+    Muon (torch.optim.Muon) for the matrices inside the decoder layers, AdamW for embeddings, norms and biases: with AdamW alone the
+    same accuracy takes more than twice the updates.
+    """
+    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    others = [p for name, p in model.named_parameters() if not (".layers." in name and p.ndim == 2)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    shape = lambda step: min(1.0, (step + 1) / WARMUP_STEPS, 2.0 * (1.0 - step / steps))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, shape) for optimizer in optimizers]
     model.train()
     progress = tqdm(demonstration_batches(steps, seed), total=steps, desc="warm start", unit="step", mininterval=1.0)
     for pairs in progress:
         loss = imitation_loss(model, tokenizer, pairs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            schedule.step()
+        model.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
@@ -115,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     worked = [good for r, good in zip(responses, correct) if r.startswith("work")]
     print(
         f"warm start: {trained - started:.0f} s for {args.steps} steps; sampled accuracy on {len(problems)} fresh prompts "
-        f"{sum(correct) / len(correct):.2f}, {sum(worked) / len(worked):.2f} where the work is shown ({len(worked)}); evaluation "
+        f"{sum(correct) / len(correct):.2f}, {sum(worked)} of the {len(worked)} that show work; evaluation "
         f"{time.perf_counter() - trained:.0f} s; policy in {args.out}"
     )
 

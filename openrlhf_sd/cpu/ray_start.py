@@ -34,6 +34,8 @@ def ray_init_on_cpu(ray_init: Callable[..., Any], upstream: argparse.Namespace) 
             num_cpus=slots,
             num_gpus=slots,
             include_dashboard=False,
+            # Ray runs its workers at nice 15: beside anything else on the machine they would get next to nothing.
+            _system_config={"worker_niceness": 0},
             # A cluster and a folder of its own, or Ray would join another run's on the same machine, or another user's.
             address="local",
             _temp_dir=os.environ.get("RAY_TMPDIR") or tempfile.mkdtemp(prefix="ray-", dir="/tmp"),

@@ -34,6 +34,8 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.model_executor.kernels.linear.scaled_mm.cpu", "CPUInt8ScaledMMLinearKernel.process_weights_for_onednn", "w8a8"),
     ("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", "repaired on CPU"),
     ("openrlhf.trainer.ray.vllm_engine", "RolloutRayActor", "subclassed; create_vllm_engines names it literally"),
+    ("vllm.v1.metrics.loggers", "AggregateStatLoggerBase.record", "drafts and acceptances per step"),
+    ("vllm.v1.metrics.loggers", "StatLoggerManager.record", "calls every entry of AsyncLLM.logger_manager.stat_loggers"),
     ("openrlhf.trainer.ray", "create_vllm_engines", "the one rebind in the driver"),
     ("openrlhf.trainer.ray.vllm_worker_wrap", "WorkerWrap.update_weight", "the end mark of a broadcast"),
     ("openrlhf.trainer.ray.vllm_worker_wrap", "WorkerWrap.update_weight_cuda_ipc", "the end mark of a broadcast"),
