@@ -15,7 +15,9 @@ import runpy
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from openrlhf_sd import flags, preflight, provenance
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
@@ -87,23 +89,28 @@ def train(
     import openrlhf.trainer.ray
     import ray
 
-    if on_cpu:
-        ray.init = ray_start.ray_init_on_cpu(ray.init, upstream)
     if config is not None or run_dir is not None:
         from openrlhf_sd.rollout_actor import make_create_vllm_engines
 
         openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(config, run_dir)
 
-    old_argv, old_handler = sys.argv, signal.signal(signal.SIGTERM, _interrupt)
-    sys.argv = ["openrlhf-sd", *upstream_argv]
     adopt_orphans()
-    try:
+    with ExitStack() as at_end:
+        start_ray = ray.init
+        if on_cpu:
+            start_ray = ray_start.ray_init_on_cpu(ray.init, upstream, at_end.enter_context(ray_start.session_dir()))
+
+        def init(*args: Any, **kwargs: Any) -> Any:
+            context = start_ray(*args, **kwargs)
+            # Ray's own handler, installed just now, aborts the driver and leaves its processes.
+            signal.signal(signal.SIGTERM, _interrupt)
+            return context
+
+        ray.init = init
+        at_end.callback(end_descendants)
+        at_end.callback(ray.shutdown)
+        sys.argv = ["openrlhf-sd", *upstream_argv]
         runpy.run_module(flags.UPSTREAM_MODULE, run_name="__main__")
-    finally:
-        ray.shutdown()
-        end_descendants()
-        sys.argv = old_argv
-        signal.signal(signal.SIGTERM, old_handler)
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -156,8 +156,8 @@ def _self_spec_class(base: type) -> type:
             # The engine process reports drafts and acceptances per step to its frontend's stat loggers, in this process.
             self.llm.logger_manager.stat_loggers.append(StepStats(self._on_step))
 
-        def _on_step(self, num_running_reqs: int, stats) -> None:
-            self._record.step(num_running_reqs, stats)
+        def _on_step(self, stats) -> None:
+            self._record.step(stats)
 
         async def generate(self, prompt_token_ids, sampling_params, multi_modal_data=None):
             from openrlhf_sd.engine.scheduler import ROLLOUT_ARG

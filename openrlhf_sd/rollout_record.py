@@ -40,7 +40,7 @@ class RolloutRecord:
         if self._num_in_flight == 0:
             self._busy_s += now_s - self._busy_since_s
 
-    def step(self, num_running_reqs: int, stats: SpecDecodeStats | None) -> None:
+    def step(self, stats: SpecDecodeStats | None) -> None:
         """One engine step; `stats` is None where no draft was verified."""
         if stats is not None and stats.num_draft_tokens:
             self.counts.add(stats)
@@ -48,7 +48,7 @@ class RolloutRecord:
             self._gamma = sum(count > 0 for count in stats.num_draft_tokens_per_pos)
             if self._first_draft_step is None:
                 self._first_draft_step = self._num_steps
-                self._first_draft_batch = num_running_reqs
+                self._first_draft_batch = stats.num_drafts
         self._num_steps += 1
 
     def response_logged(self, logs: dict[str, float]) -> None:

@@ -14,19 +14,27 @@ from pathlib import Path
 
 import task
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 CONTEXT_TOKENS = 1024
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the task's 29 tokens; decoding gives back the exact text."""
-    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(task.VOCABULARY)}, unk_token=task.UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(task.TOKEN_PATTERN), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Qwen2's own byte-level BPE with a vocabulary that holds only what the task writes; decoding gives back the exact text.
+
+    Not a tokenizer of another class: for a Qwen2 model, transformers' AutoTokenizer always makes a Qwen2Tokenizer of what it finds.
+    """
+    byte_level = {" ": "Ġ", "\n": "Ċ"}  # how byte-level BPE spells the two characters that are not printable
+    spell = lambda text: "".join(byte_level.get(c, c) for c in text)
+    words = [spell(word) for word in task.WORDS]
+    letters = sorted(set("".join(words)))
+    # A word grows from its left end: w o, wo r, wor k. Its beginnings must be tokens too, although the task never ends on one.
+    beginnings = [(word[:i], word[i]) for word in words for i in range(1, len(word))]
+    merges = list(dict.fromkeys(beginnings))
+    tokens = [*task.SPECIAL_TOKENS, *spell(task.CHARACTERS), *letters, *(left + right for left, right in merges)]
+    return Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))},
+        merges=merges,
         pad_token=task.PAD,
         bos_token=task.BOS,
         eos_token=task.EOS,
@@ -37,10 +45,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2Config:
     """Every quantized linear has 256 or 512 input channels, multiples of the drafter's group of 128."""
     return Qwen2Config(
-        vocab_size=64,  # 29 in use; a multiple of 64, as vLLM pads it anyway
+        vocab_size=128,  # about 80 in use; a multiple of 64, as vLLM pads it anyway
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=2,
@@ -54,7 +62,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
     )
 
 
-def save_policy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save_policy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, out: Path) -> None:
     """Writes bf16 weights, as OpenRLHF trains and vLLM serves them. Converts `model` in place."""
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)

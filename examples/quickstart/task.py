@@ -1,11 +1,11 @@
 """The quickstart's task: the remainder of N by K, found by counting N down while a tally runs round a clock of K hours.
 
-    prompt    "mod3 of 04\\n"
-    response  "work\\n04:0\\n03:1\\n02:2\\n01:0\\n00:1\\nanswer 1<eos>"
+    prompt    "04 modulo three\\n"
+    response  "work\\n04:0\\n03:1\\n02:2\\n01:0\\n00:1\\nanswer:1<eos>"
 
 Why this task: nothing to download, one rule checks it, and every line of working needs only the line above it and K, so a small model
 learns it in a minute or two. A response has one line per unit of N and N is drawn log-normal, so the lengths of correct answers have
-a long tail (99th percentile about five times the median) although every prompt has 6 tokens. Such a rollout ends with a few long
+a long tail (99th percentile about five times the median) although every prompt has 5 tokens. Such a rollout ends with a few long
 responses in a small batch, which is where speculation pays.
 
 Everything about the task is here and only here: wording, tokens, the drawing of problems, the demonstrations of the warm start, the
@@ -27,12 +27,12 @@ from pathlib import Path
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNK)
-TOKEN_PATTERN = r"[a-z]+[3-9]?|[^a-z]"
-"""A token is a word (the divisor is part of its word) or any single other character, so numbers are counted digit by digit."""
-DIVISORS = range(3, 10)
-VOCABULARY = (
-    *SPECIAL_TOKENS, *"0123456789", " ", "\n", ":", "of", "work", "guess", "answer", *(f"mod{k}" for k in DIVISORS)
-)
+TOKEN_PATTERN = r" ?[a-z]+|[^a-z]"
+"""A token is a word with the space before it, or any single other character, so numbers are counted digit by digit."""
+DIVISORS = {3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
+"""Spelt out in prompts: a word of its own is easier to attend to than one more digit."""
+CHARACTERS = "0123456789:\n"
+WORDS = ("work", "guess", "answer", " modulo", *(f" {name}" for name in DIVISORS.values()))
 
 MEDIAN_NUMBER = 9.0
 NUMBER_SIGMA = 0.75
@@ -47,7 +47,7 @@ MISCOUNT_FRACTION = 0.25
 purpose: they leave the policy undecided at two places so that reinforcement has something to mend. The quickstart shows the
 machinery of training at work, not progress on a hard problem."""
 
-_ANSWER = re.compile(rf"answer (\d){EOS}")
+_ANSWER = re.compile(rf"answer:(\d){EOS}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        return f"mod{self.divisor} of {self.number:02d}\n"
+        return f"{self.number:02d} modulo {DIVISORS[self.divisor]}\n"
 
     @property
     def label(self) -> str:
@@ -72,7 +72,7 @@ class Problem:
 
 def draw_problem(rng: random.Random) -> Problem:
     """A divisor, uniform, and a heavy-tailed number (drawn again when out of 1..MAX_NUMBER)."""
-    divisor = rng.choice(DIVISORS)
+    divisor = rng.choice(list(DIVISORS))
     number = 0
     while not 1 <= number <= MAX_NUMBER:
         number = round(rng.lognormvariate(math.log(MEDIAN_NUMBER), NUMBER_SIGMA))
@@ -89,21 +89,21 @@ def worked_response(problem: Problem, first_tally: int) -> str:
     """Count down to zero, one line each, then the answer; ends with EOS. Only `first_tally=0` gives the right answer."""
     tally = [(first_tally + i) % problem.divisor for i in range(problem.number + 1)]
     lines = [f"{problem.number - i:02d}:{hour}" for i, hour in enumerate(tally)]
-    return "\n".join(["work", *lines, f"answer {tally[-1]}{EOS}"])
+    return "\n".join(["work", *lines, f"answer:{tally[-1]}{EOS}"])
 
 
 def demonstration(problem: Problem, rng: random.Random) -> str:
     """A response to imitate in the warm start: correct, or with one of the two faults described above."""
     fault = rng.random()
     if fault < GUESS_FRACTION:
-        return f"guess\nanswer {rng.randrange(problem.divisor)}{EOS}"
+        return f"guess\nanswer:{rng.randrange(problem.divisor)}{EOS}"
     if fault < GUESS_FRACTION + MISCOUNT_FRACTION:
         return worked_response(problem, first_tally=1)
     return problem.solution
 
 
 def is_correct(response: str, label: str) -> bool:
-    """Whether the last line of the response is "answer <label><eos>". One cut off by its length limit is wrong.
+    """Whether the last line of the response is "answer:<label><eos>". One cut off by its length limit is wrong.
 
     The work is not read: only the answer counts, so a lucky guess scores.
     """

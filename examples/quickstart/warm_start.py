@@ -21,43 +21,48 @@ from build_model import save_policy
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-BATCH_SIZE = 16
-POOL_BATCHES = 64
-"""Demonstrations are drawn 64 batches at a time and sorted by length, so that a batch holds little padding."""
+ROWS, ROW_TOKENS = 2, 512
+"""An update sees 1,024 tokens, about 20 demonstrations packed into two rows: lengths vary so much that padding would be most of a
+batch, and batches of like lengths would show the model guesses only or long work only."""
 MUON_LR = 0.02
 ADAM_LR = 3e-3
 WARMUP_STEPS = 20
+IGNORE = -100
 EVAL_PROMPTS = 128
 EVAL_SEED = 1_000_003
 """Far from the seeds of training prompts, so the accuracy is on freshly drawn problems."""
 
 
-def demonstration_batches(steps: int, seed: int):
-    """Yields `steps` lists of BATCH_SIZE (prompt, response) pairs of similar length, in random order of length."""
+def packed_rows(tokenizer: PreTrainedTokenizerBase, seed: int):
+    """Yields without end (ids, targets, documents), each a list of ROW_TOKENS integers holding whole demonstrations.
+
+    targets: the id to predict at that position, IGNORE on prompts and padding, which are not scored. documents: which demonstration
+    a position belongs to; -1 is padding.
+    """
     rng = random.Random(seed)
-    pool: list = []
-    for _ in range(steps):
-        if not pool:
-            problems = [task.draw_problem(rng) for _ in range(BATCH_SIZE * POOL_BATCHES)]
-            pairs = sorted(((p.prompt, task.demonstration(p, rng)) for p in problems), key=lambda pair: len(pair[1]))
-            pool = [pairs[i : i + BATCH_SIZE] for i in range(0, len(pairs), BATCH_SIZE)]
-            rng.shuffle(pool)
-        yield pool.pop()
+    ids, targets, documents = [], [], []
+    while True:
+        problem = task.draw_problem(rng)
+        prompt = tokenizer.encode(problem.prompt, add_special_tokens=False)
+        response = tokenizer.encode(task.demonstration(problem, rng), add_special_tokens=False)
+        if len(ids) + len(prompt) + len(response) > ROW_TOKENS:
+            short = ROW_TOKENS - len(ids)
+            yield ids + [tokenizer.pad_token_id] * short, targets + [IGNORE] * short, documents + [-1] * short
+            ids, targets, documents = [], [], []
+        document = documents[-1] + 1 if documents else 0
+        ids += prompt + response
+        targets += [IGNORE] * (len(prompt) - 1) + response + [IGNORE]
+        documents += [document] * (len(prompt) + len(response))
 
 
-def imitation_loss(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]):
-    """Mean cross-entropy in nats over the response tokens of a batch; prompts and padding are not scored."""
-    prompts = [tokenizer.encode(prompt, add_special_tokens=False) for prompt, _ in pairs]
-    responses = [tokenizer.encode(response, add_special_tokens=False) for _, response in pairs]
-    width = max(len(p) + len(r) for p, r in zip(prompts, responses))
-    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
-    targets = torch.full((len(pairs), width), -100)
-    for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        targets[row, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
-    # Padding is on the right, where causal attention never looks back at it: no mask needed.
-    logits = model(input_ids=ids).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
+def imitation_loss(model: Qwen2ForCausalLM, rows: list[tuple[list[int], list[int], list[int]]]) -> torch.Tensor:
+    """Mean cross-entropy in nats over the response tokens of the rows; a demonstration attends to itself only."""
+    ids, targets, documents = (torch.tensor(column) for column in zip(*rows))
+    same_document = documents[:, None, :] == documents[:, :, None]
+    causal = torch.ones(ROW_TOKENS, ROW_TOKENS, dtype=torch.bool).tril()
+    # Positions run on through a row: rotary embeddings see differences only.
+    logits = model(input_ids=ids, attention_mask=(same_document & causal)[:, None]).logits
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> None:
@@ -75,9 +80,10 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: in
     shape = lambda step: min(1.0, (step + 1) / WARMUP_STEPS, 2.0 * (1.0 - step / steps))
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, shape) for optimizer in optimizers]
     model.train()
-    progress = tqdm(demonstration_batches(steps, seed), total=steps, desc="warm start", unit="step", mininterval=1.0)
-    for pairs in progress:
-        loss = imitation_loss(model, tokenizer, pairs)
+    rows = packed_rows(tokenizer, seed)
+    progress = tqdm(range(steps), desc="warm start", unit="step", mininterval=1.0)
+    for _ in progress:
+        loss = imitation_loss(model, [next(rows) for _ in range(ROWS)])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules):
@@ -104,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder written by build_model.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for the warm-started policy")
-    parser.add_argument("--steps", type=int, default=400, help=f"updates on {BATCH_SIZE} demonstrations each")
+    parser.add_argument("--steps", type=int, default=400, help=f"updates of {ROWS * ROW_TOKENS} tokens each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=3, help="sampled responses to show at the end")
     args = parser.parse_args(argv)

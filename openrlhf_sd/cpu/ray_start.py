@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SPARE_SLOTS = 4
 """Logical slots beyond the models': the trainer actor and OpenRLHF's short-lived helpers."""
 
 
-def ray_init_on_cpu(ray_init: Callable[..., Any], upstream: argparse.Namespace) -> Callable[..., Any]:
+@contextmanager
+def session_dir() -> Iterator[str]:
+    """Where Ray keeps sockets and logs: a new folder, removed at the end unless the run fails; or RAY_TMPDIR, which is left alone."""
+    chosen = os.environ.get("RAY_TMPDIR")
+    # Not in TMPDIR: Ray's socket paths must stay under 108 characters.
+    folder = chosen or tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    keep = chosen is not None
+    try:
+        yield folder
+    except Exception:
+        keep = True
+        print(f"openrlhf-sd: Ray's logs of the failed run are in {folder}", file=sys.stderr)
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)  # a dying process of Ray may still be writing its log
+
+
+def ray_init_on_cpu(ray_init: Callable[..., Any], upstream: argparse.Namespace, session_dir: str) -> Callable[..., Any]:
     """A `ray.init` for OpenRLHF's own call: it adds virtual GPUs and the platform patches in every worker.
 
     OpenRLHF calls it after its own checks of the flags, so nothing starts for a run that cannot begin.
@@ -38,7 +59,7 @@ def ray_init_on_cpu(ray_init: Callable[..., Any], upstream: argparse.Namespace) 
             _system_config={"worker_niceness": 0},
             # A cluster and a folder of its own, or Ray would join another run's on the same machine, or another user's.
             address="local",
-            _temp_dir=os.environ.get("RAY_TMPDIR") or tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
+            _temp_dir=session_dir,
             **kwargs,
         )
 

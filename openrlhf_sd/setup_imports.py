@@ -1,0 +1,80 @@
+"""Imports the installed stack, in the environment it was installed into, and says what only some uses of it would miss.
+
+    python -m openrlhf_sd.setup_imports cpu|cuda
+
+Exit code 1 with one line on stderr where an import fails; notes go to stdout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+MODULES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "deepspeed",
+    "ray",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "matplotlib",
+    "rich",
+    "scipy",
+    "hypothesis",
+    "pytest",
+    "vllm",
+    "vllm.v1.engine.async_llm",
+    "vllm.entrypoints.llm",
+    "openrlhf.cli.train_ppo_ray",
+    "openrlhf.trainer.ray.launcher",
+    "openrlhf.trainer.ray.ppo_actor",
+    "openrlhf.trainer.ppo_trainer_async",
+    "openrlhf_sd.launch",
+    "openrlhf_sd.engine.args",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    (stack,) = sys.argv[1:] if argv is None else argv
+    from openrlhf_sd.engine import compat
+
+    try:
+        compat.check_versions()
+        if stack == "cpu":
+            from openrlhf_sd.cpu import platform
+
+            # vLLM carries on without its kernels where they do not load, and fails much later.
+            importlib.import_module("torch")
+            importlib.import_module("vllm._C")
+            platform.install()
+        for name in MODULES:
+            importlib.import_module(name)
+    except Exception as error:
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    missing = missing_for_compilation()
+    if missing:
+        print(
+            f"note: {missing} not found: vLLM can run, but only with enforce_eager "
+            "(Debian, Ubuntu: apt-get install g++ python3-dev)"
+        )
+    return 0
+
+
+def missing_for_compilation() -> str:
+    """What torch.compile needs to build its kernels and this machine lacks, as half a sentence; empty if nothing."""
+    compiler = os.environ.get("CXX", "g++")  # The one torch itself reads.
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    lacking = [] if shutil.which(compiler) else [f"a C++ compiler ({compiler})"]
+    lacking += [] if header.is_file() else ["Python's C headers (Python.h)"]
+    return " and ".join(lacking)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# vLLM's engine processes are spawned, so what they need has to be in the environment before the first engine starts.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Tests send functions to the worker by collective_rpc.
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    # The engine process imports this folder's helpers (schedulers and workers made faulty on purpose) by name.
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+}
+sys.path.insert(0, str(Path(__file__).parent))
+
+from models import build_random_policy  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tied_policy(tmp_path_factory) -> Path:
+    return build_random_policy(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def untied_policy(tmp_path_factory) -> Path:
+    return build_random_policy(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def small_vocab_policy(tmp_path_factory) -> Path:
+    """64 tokens and a spread next-token distribution, so that 1,500 samples fill every cell of a chi-square table."""
+    return build_random_policy(tmp_path_factory.mktemp("small"), tied=False, vocab_size=64, spread=0.06, seed=1)
+
+
+@pytest.fixture(scope="session")
+def warm_policy(tmp_path_factory) -> Path:
+    """The quickstart's policy after its real warm start."""
+    import subprocess
+
+    quickstart = Path(__file__).parents[2] / "examples" / "quickstart"
+    folder = tmp_path_factory.mktemp("warm")
+    for command in (
+        ["build_model.py", "--out", str(folder / "random")],
+        ["warm_start.py", "--model", str(folder / "random"), "--out", str(folder / "warm")],
+    ):
+        subprocess.run([sys.executable, quickstart / command[0], *command[1:]], check=True)
+    return folder / "warm"

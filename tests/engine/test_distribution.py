@@ -1,0 +1,84 @@
+"""Sampled output has plain vLLM's distribution: two-sample chi-square over independent responses.
+
+Tokens at fixed positions well past the first draft, and the first three tokens together. (n-grams pooled over the positions of one
+response are not independent: plain vLLM against itself fails such a test.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import random_gamma
+from engines import AcceptanceSince, generate, plain_engine, sampled, self_spec_engine
+from scipy.stats import chi2_contingency
+
+from openrlhf_sd import SelfSpecConfig
+
+NUM_RESPONSES = 2000
+POSITIONS = (4, 9, 14, 19)
+SETTINGS = {"temperature 1": (1.0, 1.0), "temperature 0.6, top-p 0.9": (0.6, 0.9)}
+MIN_EXPECTED = 5
+ALPHA = 0.001
+PROMPT = {"prompt_token_ids": [7, 21, 13, 40]}
+
+STATISTICS: dict[str, Callable[[list[int]], object]] = {
+    **{f"token {position}": (lambda tokens, position=position: tokens[position]) for position in POSITIONS},
+    "first three tokens": lambda tokens: tuple(tokens[:3]),
+}
+
+
+def responses(llm, temperature: float, top_p: float) -> list[list[int]]:
+    return generate(llm, [PROMPT] * NUM_RESPONSES, sampled(max(POSITIONS) + 1, temperature, top_p))
+
+
+def two_sample_p(first: list[object], second: list[object]) -> float:
+    """p-value of equal distributions; cells seen too rarely in both samples together are pooled into one."""
+    counts = [Counter(first), Counter(second)]
+    cells = sorted(set(first) | set(second), key=str)
+    table = np.array([[count[cell] for cell in cells] for count in counts])
+    rare = table.sum(axis=0) < 2 * MIN_EXPECTED
+    table = np.column_stack([table[:, ~rare], table[:, rare].sum(axis=1)])
+    table = table[:, table.sum(axis=0) > 0]
+    return float(chi2_contingency(table).pvalue) if table.shape[1] > 1 else 1.0
+
+
+def p_values(first: list[list[int]], second: list[list[int]]) -> dict[str, float]:
+    return {name: two_sample_p(list(map(f, first)), list(map(f, second))) for name, f in STATISTICS.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(small_vocab_policy):
+    with plain_engine(small_vocab_policy, seed=1) as llm:
+        return {name: responses(llm, *setting) for name, setting in SETTINGS.items()}
+
+
+NUM_TESTS = 2 * len(SETTINGS) * len(STATISTICS)
+
+
+@pytest.mark.parametrize(("quant", "scheduler"), [("w4", "fixed"), ("w8a8", "random")])
+def test_same_distribution_as_plain_vllm(plain, small_vocab_policy, quant, scheduler):
+    overrides = {"scheduler_cls": random_gamma.QUALNAME} if scheduler == "random" else {}
+    config = SelfSpecConfig(mode="fixed", gamma=3, quant=quant)
+    with self_spec_engine(small_vocab_policy, config, seed=2, **overrides) as llm:
+        for name, setting in SETTINGS.items():
+            acceptance = AcceptanceSince(llm)
+            results = p_values(plain[name], responses(llm, *setting))
+            shown = ", ".join(f"{statistic} p={p:.3f}" for statistic, p in results.items())
+            print(f"{quant}, {scheduler} gamma, {name}, acceptance {acceptance.rate():.2f}: {shown}")
+            assert min(results.values()) > ALPHA / NUM_TESTS
+
+
+def test_rejects_a_biased_sampler(plain, small_vocab_policy):
+    """vLLM's "synthetic" rejection sampling accepts drafts at a fixed rate whatever the policy thinks of them."""
+    config = SelfSpecConfig(mode="fixed", gamma=3, quant="w4")
+    from openrlhf_sd import engine_args
+
+    arguments = engine_args(config, small_vocab_policy)
+    arguments["speculative_config"] |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 3.0}
+    with plain_engine(small_vocab_policy, seed=3, **arguments) as llm:
+        results = p_values(plain["temperature 1"], responses(llm, 1.0, 1.0))
+    print(f"biased sampler: smallest p {min(results.values()):.1e}")
+    assert min(results.values()) < ALPHA / NUM_TESTS

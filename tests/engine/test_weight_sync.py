@@ -1,0 +1,117 @@
+"""After a weight broadcast the policy, its head and the drafter are those of the trainer; in between nothing generates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines import AcceptanceSince, call, generate, sampled, self_spec_engine, token_prompts
+from trainer import Trainer, logprob_errors, perturb
+from transformers import AutoModelForCausalLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from openrlhf_sd import SelfSpecConfig
+
+PROMPTS = token_prompts(24, 512)
+PARAMS = sampled(32, logprobs=0)
+
+
+@pytest.mark.parametrize(("tied", "quant"), [(True, "w4"), (False, "w8a8")])
+def test_two_broadcasts(tied, quant, tied_policy, untied_policy):
+    policy = tied_policy if tied else untied_policy
+    trainer_model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16)
+    with self_spec_engine(policy, SelfSpecConfig(mode="fixed", gamma=3, quant=quant)) as llm:
+        trainer = Trainer(llm)
+        at_start = logprob_errors(trainer_model, llm.generate(PROMPTS, PARAMS, use_tqdm=False)).mean().item()
+        assert_drafter_is_rounded(llm, trainer_model, quant)
+        for sync in (1, 2):
+            perturb(trainer_model, scale=0.3, seed=sync)
+            trainer.broadcast(trainer_model)
+            acceptance = AcceptanceSince(llm)
+            after = logprob_errors(trainer_model, llm.generate(PROMPTS, PARAMS, use_tqdm=False)).mean().item()
+            rate = acceptance.rate()
+            print(f"{quant}, tied={tied}, sync {sync}: mean |logprob error| {at_start:.4f} -> {after:.4f}, acceptance {rate:.3f}")
+            assert after < 0.02
+            assert after < at_start * 1.25 + 0.001, "no larger than before the sync, up to sampling noise"
+            assert rate > 0.5
+            assert_drafter_is_rounded(llm, trainer_model, quant)
+
+
+def assert_drafter_is_rounded(llm, model, quant: str) -> None:
+    """Every quantized linear of the drafter, read back through its own kernel, is round-to-nearest of the trainer's weight."""
+    weights = dict(model.named_parameters())
+    for layer in (0, len(model.model.layers) - 1):
+        prefix = f"model.layers.{layer}."
+        for fused, parts in {
+            "self_attn.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            "self_attn.o_proj": ["self_attn.o_proj"],
+            "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+            "mlp.down_proj": ["mlp.down_proj"],
+        }.items():
+            wanted = torch.cat([rounded(weights[f"{prefix}{part}.weight"].data.float(), quant) for part in parts])
+            got = call(llm, effective_weight, layer, fused)
+            # bf16 outputs: 8 bits of mantissa
+            torch.testing.assert_close(got, wanted, rtol=2**-7, atol=1e-5)
+            if fused == "self_attn.qkv_proj":
+                bias = torch.cat([weights[f"{prefix}{part}.bias"].data.float() for part in parts])
+                torch.testing.assert_close(call(llm, effective_bias, layer, fused), bias, rtol=2**-7, atol=1e-5)
+
+
+def rounded(weight: torch.Tensor, quant: str) -> torch.Tensor:
+    """Round-to-nearest by compressed-tensors' own arithmetic, the drafter's scheme written out."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    if quant == "w4":
+        args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=128)
+        groups = weight.view(weight.shape[0], -1, 128)
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        scale = scale.to(torch.bfloat16).float()  # as stored
+    else:
+        args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
+        scale, zero = calculate_qparams(weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True), args)
+    return dequantize(quantize(weight, scale, zero, args), scale, zero, args, dtype=torch.float32)
+
+
+def _drafter_linear(worker, layer: int, name: str):
+    module = worker.model_runner.drafter.model.model.layers[layer]
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def effective_weight(worker, layer: int, name: str) -> torch.Tensor:
+    """(out, in): the layer's answer to every unit vector, without its bias."""
+    linear = _drafter_linear(worker, layer, name)
+    with torch.no_grad():
+        return linear.quant_method.apply(linear, torch.eye(linear.input_size, dtype=torch.bfloat16), None).float().t()
+
+
+def effective_bias(worker, layer: int, name: str) -> torch.Tensor:
+    linear = _drafter_linear(worker, layer, name)
+    with torch.no_grad():
+        zeros = torch.zeros(1, linear.input_size, dtype=torch.bfloat16)
+        return linear.quant_method.apply(linear, zeros, linear.bias).float()[0]
+
+
+def test_w8a8_needs_the_scale_repair(untied_policy):
+    """Without it the drafter computes NaN after its first re-quantization, which is already part of starting up."""
+    config = SelfSpecConfig(mode="fixed", gamma=3, quant="w8a8")
+    with self_spec_engine(untied_policy, config, worker_cls="unrepaired.WithoutScaleRepair") as llm:
+        weights = [call(llm, effective_weight, layer, "mlp.down_proj") for layer in range(4)]
+        trainer_model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.float32)
+        wrong = [
+            not torch.allclose(got, rounded(layer.mlp.down_proj.weight.data, "w8a8"), rtol=2**-7, atol=1e-5)
+            for got, layer in zip(weights, trainer_model.model.layers, strict=True)
+        ]
+        assert any(wrong)
+
+
+def test_refuses_to_generate_in_the_middle_of_a_sync(untied_policy):
+    model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
+    with self_spec_engine(untied_policy, SelfSpecConfig(mode="fixed", gamma=2, quant="w4")) as llm:
+        trainer = Trainer(llm)
+        name, parameter = next(iter(model.named_parameters()))
+        trainer.send(name, parameter.data, is_last=False)
+        with pytest.raises(EngineDeadError):
+            generate(llm, PROMPTS[:1], sampled(4))
