@@ -5,5 +5,8 @@
 set -euo pipefail
 from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-command -v python3 >/dev/null || { echo "setup: error: no python3 found; install python3.11 and its venv module" >&2; exit 2; }
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || {
+    echo "setup: error: no python3 here, or one from before 3.8; install python3.11 and its venv module" >&2
+    exit 2
+}
 exec python3 -m openrlhf_sd.setup_stack --called-from "$from" "$@"

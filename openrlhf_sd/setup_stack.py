@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import os
 import platform
 import shlex
 import shutil
@@ -71,7 +72,9 @@ def setup(venv: Path, need_gpu: bool, dry_run: bool) -> Path:
         if python_version(base) not in setup_choice.PYTHONS:
             raise SelfSpecError(f"{venv}: {setup_choice.unsupported_python(python_version(base))} (or name another --venv)")
     else:
-        found = [path for name in ("python3.11", "python3.12") if (path := shutil.which(name))]
+        names = ("python%d.%d" % version for version in setup_choice.PYTHONS)
+        # Every place on the path: the first one may be a version manager's shim that does not run.
+        found = [path for name in names for folder in os.get_exec_path() if (path := shutil.which(name, path=folder))]
         base = setup_choice.choose_python([sys.executable, *found], python_version)
     requirements = {name: (ROOT / name).read_text() for name in setup_choice.REQUIREMENTS[stack]}
     stages = setup_choice.plan(stack, str(python), requirements, str(ROOT))
@@ -212,7 +215,7 @@ def run_logged(command: Sequence[str], log: Path) -> str | None:
                 try:
                     process.wait(HEARTBEAT_S)
                 except subprocess.TimeoutExpired:
-                    say(f"      {time.monotonic() - start:3.0f} s  {last_line(log)}")
+                    say(f"      {time.monotonic() - start:3.0f} s  {setup_choice.progress(log.read_text())}")
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -222,11 +225,6 @@ def run_logged(command: Sequence[str], log: Path) -> str | None:
     with log.open() as file:
         file.seek(begin)
         return file.read()
-
-
-def last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text().splitlines() if line.strip() and " is ignored: " not in line]
-    return lines[-1][:90]
 
 
 def fail(title: str, output: str, log: Path) -> None:

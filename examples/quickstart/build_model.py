@@ -1,9 +1,9 @@
-"""Builds the quickstart's policy and tokenizer in a folder, without downloading anything: random weights, Qwen2 architecture.
+"""Builds the quickstart's policy (Qwen2 architecture, random weights) and tokenizer in a folder; downloads nothing.
 
     python examples/quickstart/build_model.py --out DIR [--seed 0]
 
-Output: a Hugging Face folder (config.json, model.safetensors in bf16, tokenizer.json, ...) that transformers, vLLM and OpenRLHF load
-like any other. 1.2M parameters, under 10 seconds.
+Output: a Hugging Face folder (config.json, model.safetensors in bf16, tokenizer.json, ...) that transformers, vLLM
+and OpenRLHF load like any other. 1.2M parameters, under 10 seconds.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ CONTEXT_TOKENS = 1024
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Qwen2's own byte-level BPE with a vocabulary that holds only what the task writes; decoding gives back the exact text.
+    """Qwen2's own byte-level BPE, its vocabulary cut down to what the task writes; decoding gives back the exact text.
 
-    Not a tokenizer of another class: for a Qwen2 model, transformers' AutoTokenizer always makes a Qwen2Tokenizer of what it finds.
+    Not a tokenizer of another class: for a Qwen2 model, transformers' AutoTokenizer always makes a Qwen2Tokenizer of
+    what it finds.
     """
     byte_level = {" ": "Ġ", "\n": "Ċ"}  # how byte-level BPE spells the two characters that are not printable
     spell = lambda text: "".join(byte_level.get(c, c) for c in text)
     words = [spell(word) for word in task.WORDS]
     letters = sorted(set("".join(words)))
-    # A word grows from its left end: w o, wo r, wor k. Its beginnings must be tokens too, although the task never ends on one.
+    # A word grows from its left end: w o, wo r, wor k. So its beginnings are tokens too, although the task uses none.
     beginnings = [(word[:i], word[i]) for word in words for i in range(1, len(word))]
     merges = list(dict.fromkeys(beginnings))
     tokens = [*task.SPECIAL_TOKENS, *spell(task.CHARACTERS), *letters, *(left + right for left, right in merges)]

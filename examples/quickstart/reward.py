@@ -1,7 +1,7 @@
 """The rule-based reward of the quickstart, as OpenRLHF's `--reward.remote_url examples/quickstart/reward.py`.
 
-OpenRLHF (openrlhf/utils/agent.py, SingleTurnAgentExecutor) loads this file by its path inside an actor, calls `reward_func` with
-one query at a time and only logs what it raises, so the checker accepts any text.
+OpenRLHF (openrlhf/utils/agent.py, SingleTurnAgentExecutor) loads this file by its path inside an actor, calls
+`reward_func` with one query at a time and only logs what it raises, so the checker accepts any text.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> di
         labels: the right answers.
 
     Returns:
-        `rewards` and `scores`, float tensors of shape (len(queries),), and `extra_logs`, tensors of the same shape that OpenRLHF
-        averages into its logs: `shows_work`, whether the response counts instead of guessing.
+        `rewards` and `scores`, float tensors of shape (len(queries),), and `extra_logs`, tensors of the same shape that
+        OpenRLHF averages into its logs: `shows_work`, whether the response counts instead of guessing.
     """
     responses = [query.removeprefix(prompt) for query, prompt in zip(queries, prompts)]
     rewards = torch.tensor([float(task.is_correct(r, label)) for r, label in zip(responses, labels)])

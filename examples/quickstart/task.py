@@ -3,16 +3,16 @@
     prompt    "04 modulo three\\n"
     response  "work\\n04:0\\n03:1\\n02:2\\n01:0\\n00:1\\nanswer:1<eos>"
 
-Why this task: nothing to download, one rule checks it, and every line of working needs only the line above it and K, so a small model
-learns it in a minute or two. A response has one line per unit of N and N is drawn log-normal, so the lengths of correct answers have
-a long tail (99th percentile about five times the median) although every prompt has 5 tokens. Such a rollout ends with a few long
-responses in a small batch, which is where speculation pays.
+Why this task: nothing to download, one rule checks it, and every line of working needs only the line above it and K,
+so a small model learns it in a minute or two. A response has one line per unit of N and N is drawn log-normal, so the
+lengths of correct answers have a long tail (99th percentile about five times the median) although every prompt has 5
+tokens. Such a rollout ends with a few long responses in a small batch, which is where speculation pays.
 
-Everything about the task is here and only here: wording, tokens, the drawing of problems, the demonstrations of the warm start, the
-checker. Plain Python, because the reward loads it inside OpenRLHF's actors.
+Everything about the task is here and only here: wording, tokens, the drawing of problems, the demonstrations of the
+warm start, the checker. Plain Python, because the reward loads it inside OpenRLHF's actors.
 
-    python examples/quickstart/task.py --out DIR [--train 640] [--eval 64] [--seed 0]    # DIR/prompts.jsonl, DIR/eval.jsonl
-    python examples/quickstart/task.py --samples 3                                       # show some, write nothing
+    python examples/quickstart/task.py --out DIR [--train 640] [--eval 64] [--seed 0]   # DIR/{prompts,eval}.jsonl
+    python examples/quickstart/task.py --samples 3                                      # show some, write nothing
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ NUMBER_SIGMA = 0.75
 """Log-normal spread: exp(0.75 * 2.33) = 5.7 between median and 99th percentile."""
 MAX_NUMBER = 90
 MAX_RESPONSE_TOKENS = 480
-"""What `--rollout.max_new_tokens` should be. The longest correct response has 461 tokens (tests/test_quickstart_task.py)."""
+"""What `--rollout.max_new_tokens` should be. The longest correct response has 461 tokens
+(tests/test_quickstart_task.py)."""
 
 GUESS_FRACTION = 0.35
 MISCOUNT_FRACTION = 0.25
-"""Share of warm-start demonstrations with each fault: answering without work, and starting the tally at 1. They are faulty on
-purpose: they leave the policy undecided at two places so that reinforcement has something to mend. The quickstart shows the
-machinery of training at work, not progress on a hard problem."""
+"""Share of warm-start demonstrations with each fault: answering without work, and starting the tally at 1. They are
+faulty on purpose: they leave the policy undecided at two places so that reinforcement has something to mend. The
+quickstart shows the machinery of training at work, not progress on a hard problem."""
 
 _ANSWER = re.compile(rf"answer:(\d){EOS}")
 
@@ -86,7 +87,7 @@ def draw_problems(count: int, seed: int) -> list[Problem]:
 
 
 def worked_response(problem: Problem, first_tally: int) -> str:
-    """Count down to zero, one line each, then the answer; ends with EOS. Only `first_tally=0` gives the right answer."""
+    """Count down to zero, one line each, then the answer and EOS. Only `first_tally=0` gives the right answer."""
     tally = [(first_tally + i) % problem.divisor for i in range(problem.number + 1)]
     lines = [f"{problem.number - i:02d}:{hour}" for i, hour in enumerate(tally)]
     return "\n".join(["work", *lines, f"answer:{tally[-1]}{EOS}"])
@@ -107,7 +108,7 @@ def is_correct(response: str, label: str) -> bool:
 
     The work is not read: only the answer counts, so a lucky guess scores.
     """
-    found = _ANSWER.match(response.rpartition("\n")[2])
+    found = _ANSWER.fullmatch(response.rpartition("\n")[2])
     return found is not None and found.group(1) == label
 
 
@@ -118,7 +119,8 @@ def split_tokens(text: str) -> list[str]:
 
 
 def write_prompts(path: Path, problems: list[Problem]) -> None:
-    """One JSON object a line, `{"input": prompt, "label": answer}`: OpenRLHF's `--data.input_key input --data.label_key label`."""
+    """One JSON object a line, `{"input": prompt, "label": answer}`: OpenRLHF's `--data.input_key input
+    --data.label_key label`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as out:
         for problem in problems:
@@ -128,8 +130,8 @@ def write_prompts(path: Path, problems: list[Problem]) -> None:
 def length_summary(problems: list[Problem]) -> dict[str, float]:
     """Median, 99th percentile (nearest rank) and maximum of correct response lengths, in tokens."""
     lengths = sorted(len(split_tokens(problem.solution)) for problem in problems)
-    rank = lambda share: lengths[max(0, math.ceil(share * len(lengths)) - 1)]
-    return {"median": rank(0.5), "p99": rank(0.99), "max": lengths[-1]}
+    median, p99 = (lengths[math.ceil(share * len(lengths)) - 1] for share in (0.5, 0.99))
+    return {"median": median, "p99": p99, "max": lengths[-1]}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -143,17 +145,19 @@ def main(argv: list[str] | None = None) -> None:
 
     rng = random.Random(args.seed)
     for problem in draw_problems(args.samples, args.seed):
-        print(f"prompt         {problem.prompt!r}   label {problem.label}")
-        print(f"solution       {problem.solution!r}")
-        print(f"demonstration  {demonstration(problem, rng)!r}\n")
+        shown = demonstration(problem, rng)
+        num_tokens = len(split_tokens(problem.solution))
+        print(f"{problem.prompt.strip()}   (label {problem.label}; a correct response has {num_tokens} tokens)")
+        print(f"  solution       {problem.solution.replace(chr(10), ' | ')}")
+        print(f"  demonstration  {shown.replace(chr(10), ' | ')}\n")
     if args.out is not None:
         train, held_out = draw_problems(args.train, args.seed), draw_problems(args.eval, args.seed + 1)
         write_prompts(args.out / "prompts.jsonl", train)
         write_prompts(args.out / "eval.jsonl", held_out)
         lengths = length_summary(train)
         print(
-            f"wrote {len(train)} prompts to {args.out / 'prompts.jsonl'}, {len(held_out)} to {args.out / 'eval.jsonl'}; tokens of a "
-            f"correct response: median {lengths['median']}, p99 {lengths['p99']}, max {lengths['max']}"
+            f"wrote {len(train)} training and {len(held_out)} evaluation prompts to {args.out}; tokens of a correct "
+            f"response: median {lengths['median']}, p99 {lengths['p99']}, max {lengths['max']}"
         )
 
 

@@ -1,10 +1,11 @@
-"""Warm start: a short supervised training of the quickstart's policy on demonstrations of the task, some of them faulty on purpose.
+"""Warm start: short supervised training of the quickstart's policy on demonstrations, some faulty on purpose.
 
-    python examples/quickstart/warm_start.py --model DIR --out DIR2 [--steps 400] [--seed 0] [--samples 3]
+    python examples/quickstart/warm_start.py --model DIR --out DIR2 [--steps 300] [--seed 0] [--samples 3]
 
-Plain PyTorch on the CPU, float32, then saved in bf16. Ends by sampling fresh prompts at temperature 1 and printing the accuracy. About
-half is the aim: GRPO learns from prompts that are answered sometimes rightly and sometimes wrongly. The faults are described at
-GUESS_FRACTION in task.py. The same seed on the same machine and thread count gives the same weights.
+Plain PyTorch on the CPU, float32, then saved in bf16. Ends by sampling fresh prompts at temperature 1 and printing
+the accuracy. About half is the aim: GRPO learns from prompts that are answered sometimes rightly and sometimes
+wrongly. The faults are described at GUESS_FRACTION in task.py. The same seed on the same machine and thread count
+gives the same weights.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 ROWS, ROW_TOKENS = 2, 512
-"""An update sees 1,024 tokens, about 20 demonstrations packed into two rows: lengths vary so much that padding would be most of a
-batch, and batches of like lengths would show the model guesses only or long work only."""
+"""An update sees 1,024 tokens, about 20 demonstrations packed into two rows: lengths vary so much that padding would
+be most of a batch, and batches of like lengths would show the model guesses only or long work only."""
 MUON_LR = 0.02
 ADAM_LR = 3e-3
 WARMUP_STEPS = 20
@@ -36,8 +37,8 @@ EVAL_SEED = 1_000_003
 def packed_rows(tokenizer: PreTrainedTokenizerBase, seed: int):
     """Yields without end (ids, targets, documents), each a list of ROW_TOKENS integers holding whole demonstrations.
 
-    targets: the id to predict at that position, IGNORE on prompts and padding, which are not scored. documents: which demonstration
-    a position belongs to; -1 is padding.
+    targets: the id to predict at that position, IGNORE on prompts and padding, which are not scored. documents: which
+    demonstration a position belongs to; -1 is padding.
     """
     rng = random.Random(seed)
     ids, targets, documents = [], [], []
@@ -68,8 +69,8 @@ def imitation_loss(model: Qwen2ForCausalLM, rows: list[tuple[list[int], list[int
 def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> None:
     """Linear warm-up, constant for the first half, linear decay to zero; changes `model` in place.
 
-    Muon (torch.optim.Muon) for the matrices inside the decoder layers, AdamW for embeddings, norms and biases: with AdamW alone the
-    same accuracy takes more than twice the updates.
+    Muon (torch.optim.Muon) for the matrices inside the decoder layers, AdamW for embeddings, norms and biases: with
+    AdamW alone the same accuracy takes more than twice the updates.
     """
     matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
     others = [p for name, p in model.named_parameters() if not (".layers." in name and p.ndim == 2)]
@@ -77,8 +78,11 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: in
         torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01),
         torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    shape = lambda step: min(1.0, (step + 1) / WARMUP_STEPS, 2.0 * (1.0 - step / steps))
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, shape) for optimizer in optimizers]
+
+    def lr_factor(step: int) -> float:
+        return min(1.0, (step + 1) / WARMUP_STEPS, 2.0 * (1.0 - step / steps))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor) for optimizer in optimizers]
     model.train()
     rows = packed_rows(tokenizer, seed)
     progress = tqdm(range(steps), desc="warm start", unit="step", mininterval=1.0)
@@ -94,10 +98,12 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: in
 
 
 @torch.no_grad()
-def sample_responses(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: list[task.Problem]) -> list[str]:
+def sample_responses(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: list[task.Problem]
+) -> list[str]:
     """One response per problem at temperature 1, special tokens kept, padding after EOS removed."""
     model.eval()
-    # All prompts of the task have the same number of tokens, so the batch needs no padding.
+    # All prompts of the task have five tokens, so the batch needs no padding.
     prompts = tokenizer([p.prompt for p in problems], add_special_tokens=False, return_tensors="pt")
     ids = model.generate(
         **prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=task.MAX_RESPONSE_TOKENS
@@ -110,10 +116,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder written by build_model.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for the warm-started policy")
-    parser.add_argument("--steps", type=int, default=400, help=f"updates of {ROWS * ROW_TOKENS} tokens each")
+    parser.add_argument("--steps", type=int, default=300, help=f"updates of {ROWS * ROW_TOKENS} tokens each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=3, help="sampled responses to show at the end")
     args = parser.parse_args(argv)
+    if not (args.model / "config.json").is_file():
+        parser.error(f"--model: no model in {args.model}; write one with build_model.py --out {args.model}")
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = Qwen2ForCausalLM.from_pretrained(args.model, dtype=torch.float32)
@@ -128,11 +136,12 @@ def main(argv: list[str] | None = None) -> None:
     responses = sample_responses(model.float(), tokenizer, problems)
     correct = [task.is_correct(r, p.label) for r, p in zip(responses, problems)]
     for problem, response, good in list(zip(problems, responses, correct))[: args.samples]:
-        print(f"{'right' if good else 'wrong'}  {problem.prompt + response!r}  (label {problem.label})")
+        shown = (problem.prompt + response).replace("\n", " | ")
+        print(f"{'right' if good else 'wrong'}  {shown}  (label {problem.label})")
     worked = [good for r, good in zip(responses, correct) if r.startswith("work")]
     print(
-        f"warm start: {trained - started:.0f} s for {args.steps} steps; sampled accuracy on {len(problems)} fresh prompts "
-        f"{sum(correct) / len(correct):.2f}, {sum(worked)} of the {len(worked)} that show work; evaluation "
+        f"warm start: {trained - started:.0f} s for {args.steps} steps; sampled accuracy on {len(problems)} fresh "
+        f"prompts {sum(correct) / len(correct):.2f}, {sum(worked)} of the {len(worked)} that show work; evaluation "
         f"{time.perf_counter() - trained:.0f} s; policy in {args.out}"
     )
 

@@ -28,6 +28,7 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._get_slot_mapping", "draft KV slots"),
     ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._get_positions", "draft positions"),
     ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._sample_draft_tokens", "probabilistic drafting"),
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._sample_from_logits", "top-k and top-p in drafting"),
     ("vllm.v1.attention.backend", "CommonAttentionMetadata", "rebuilt for one token per request"),
     ("vllm.model_executor.model_loader.reload", "initialize_layerwise_reload", "weights change in place"),
     ("vllm.model_executor.model_loader.reload", "finalize_layerwise_reload", "weights change in place"),

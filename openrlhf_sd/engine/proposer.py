@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from openrlhf_sd.engine.drafter_weights import DrafterWeights
@@ -50,6 +51,10 @@ class SelfDraftProposer(DraftModelProposer):
         super().load_model(target_model)
         self.model.model.norm = target_model.model.norm
         self.weights = DrafterWeights(self.model, self.draft_model_config, self._quant, self._group_size)
+        self.quantize_checkpoint(target_model)
+
+    def quantize_checkpoint(self, target_model: torch.nn.Module) -> None:
+        """Fill the drafter from the policy's files, the way a weight broadcast would."""
         loader = get_model_loader(self.vllm_config.load_config)
         for name, weight in loader.get_all_weights(self.vllm_config.model_config, target_model):
             self.weights.feed(name, weight.to(device=self.device, dtype=self.dtype))
@@ -138,6 +143,18 @@ class SelfDraftProposer(DraftModelProposer):
         if draft_probs:
             self._last_draft_probs = torch.stack(draft_probs, dim=1).contiguous()
         return torch.stack(drafted, dim=1)
+
+    def _sample_from_logits(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft with the request's own top-k and top-p. Upstream drafts with its temperature only: exact, but the policy then rejects
+        every draft outside its nucleus."""
+        top_k, top_p = sampling_metadata.top_k, sampling_metadata.top_p
+        if sampling_metadata.all_random and (top_k is not None or top_p is not None):
+            temperature = sampling_metadata.temperature.view(-1, 1)
+            # Upstream divides by the temperature itself, after this.
+            logits = apply_top_k_top_p(logits.float() / temperature, top_k, top_p) * temperature
+        return super()._sample_from_logits(logits, sampling_metadata)
 
     def _one_token_per_request(
         self, verified: CommonAttentionMetadata, num_rejected_tokens: torch.Tensor | None

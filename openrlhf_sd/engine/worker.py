@@ -23,6 +23,8 @@ class _SelfSpecWorking:
         compat.check_versions()
         super().init_device()
         config = SelfSpecConfig.from_dict(self.vllm_config.additional_config["self_spec"])
+        if self.use_v2_model_runner:
+            raise RuntimeError("self-speculation: needs vLLM's V1 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
         runner = self.model_runner
         runner.drafter = SelfDraftProposer(
             self.vllm_config, runner.device, runner, quant=config.quant, group_size=config.group_size
@@ -65,6 +67,11 @@ class _SelfSpecWorking:
 
     def self_spec_requantize_s(self) -> float | None:
         """Seconds the last re-quantization took (an RPC for the rollout actor's record)."""
+        return self.self_spec_drafter.requantize_s
+
+    def self_spec_requantize_checkpoint(self) -> float:
+        """Quantize the policy's files once more and return the seconds it took without reading them (an RPC for measurements)."""
+        self.model_runner.drafter.quantize_checkpoint(self.model_runner.get_model())
         return self.self_spec_drafter.requantize_s
 
     def execute_model(self, scheduler_output: SchedulerOutput):

@@ -33,7 +33,7 @@ def untied_policy(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_vocab_policy(tmp_path_factory) -> Path:
     """64 tokens and a spread next-token distribution, so that 1,500 samples fill every cell of a chi-square table."""
-    return build_random_policy(tmp_path_factory.mktemp("small"), tied=False, vocab_size=64, spread=0.06, seed=1)
+    return build_random_policy(tmp_path_factory.mktemp("small"), tied=False, vocab_size=64, spread=0.13, seed=1)
 
 
 @pytest.fixture(scope="session")

@@ -72,13 +72,9 @@ def test_same_distribution_as_plain_vllm(plain, small_vocab_policy, quant, sched
 
 
 def test_rejects_a_biased_sampler(plain, small_vocab_policy):
-    """vLLM's "synthetic" rejection sampling accepts drafts at a fixed rate whatever the policy thinks of them."""
+    """The same engine, accepting each draft with twice the probability it should."""
     config = SelfSpecConfig(mode="fixed", gamma=3, quant="w4")
-    from openrlhf_sd import engine_args
-
-    arguments = engine_args(config, small_vocab_policy)
-    arguments["speculative_config"] |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 3.0}
-    with plain_engine(small_vocab_policy, seed=3, **arguments) as llm:
+    with self_spec_engine(small_vocab_policy, config, seed=3, worker_cls="unrepaired.BiasedSampler") as llm:
         results = p_values(plain["temperature 1"], responses(llm, 1.0, 1.0))
     print(f"biased sampler: smallest p {min(results.values()):.1e}")
     assert min(results.values()) < ALPHA / NUM_TESTS

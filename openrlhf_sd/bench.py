@@ -1,0 +1,204 @@
+"""Tokens per second of the self-speculating engine against plain vLLM, on this machine.
+
+    python -m openrlhf_sd.bench [--models 60m 400m DIR ...] [--quant w8a8 w4] [--batches 1,4,8,16] [--gammas 0,1,2,3] [--out DIR]
+
+What is measured: `LLM.generate` of BATCH distinct prompts, TOKENS sampled tokens each (temperature 1, end of text ignored), wall time.
+Both engines live in processes of their own and take turns, A B A B, in every round: a ratio is formed within a round, so that a
+machine that drifts hurts both alike. The baseline is plain vLLM with the same settings, never our engine with speculation off.
+
+What to expect: a cycle costs gamma draft steps and one step on gamma + 1 tokens per request, and yields the mean acceptance length in
+tokens. It pays where a step's cost hardly grows with its tokens (weights streamed from memory) and the drafter's step is cheap.
+`60m` and `400m` have random weights: the cost of a step is that of a trained model, the acceptance is not.
+
+Output: one table per model and scheme, and OUT/bench.json with every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RANDOM_MODELS = {
+    "60m": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 11, "num_attention_heads": 8},
+    "400m": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+VOCAB_SIZE = 32_000
+PROMPT_TOKENS = 32
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m openrlhf_sd.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["60m", "400m"], metavar="DIR", help="60m, 400m or a model folder")
+    parser.add_argument("--quant", nargs="+", default=["w8a8", "w4"], help="drafter schemes")
+    parser.add_argument("--batches", type=_numbers, default=[1, 4, 8, 16], metavar="N,N")
+    parser.add_argument("--gammas", type=_numbers, default=[0, 1, 2, 3], metavar="N,N")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds after one that warms up")
+    parser.add_argument("--tokens", type=int, default=64, help="sampled tokens per request")
+    parser.add_argument("--out", type=Path, default=None, help="folder for bench.json")
+    args = parser.parse_args(argv)
+
+    from rich.console import Console
+
+    from openrlhf_sd.provenance import describe_machine
+
+    console = Console()
+    results: dict[str, Any] = {"machine": describe_machine(), "settings": vars(args) | {"out": str(args.out)}, "models": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.models:
+            model = build_random_model(name, Path(folder) / name) if name in RANDOM_MODELS else Path(name)
+            for quant in args.quant:
+                result = {"model": name, "quant": quant} | measure(model, quant, args, console)
+                results["models"].append(result)
+                console.print(table(result))
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "bench.json").write_text(json.dumps(results, indent=1))
+        console.print(f"every round is in {args.out / 'bench.json'}")
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def build_random_model(name: str, folder: Path) -> Path:
+    """A random-weight Qwen2 with a vocabulary of 32,000 and grouped-query attention, saved in bf16."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = RANDOM_MODELS[name]
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        num_key_value_heads=sizes["num_attention_heads"] // 4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        **sizes,
+    )
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> dict[str, Any]:
+    """One scheme on one model: {"requantize_s": [...], "cells": [{"batch", "gamma", "ratios", "plain_tokens_per_s", ...}]}."""
+    from rich.progress import Progress
+    from vllm import LLM
+
+    from openrlhf_sd import SelfSpecConfig, engine_args
+    from openrlhf_sd.engine.scripted_gamma import QUALNAME
+
+    sizes = {
+        "max_model_len": 512,
+        "kv_cache_memory_bytes": 512 << 20,
+        "max_num_seqs": max(args.batches),
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
+    config = SelfSpecConfig(mode="fixed", gamma=max(1, *args.gammas), quant=quant)
+    console.print(f"[bold]{model.name}[/bold], drafter {quant}: starting two engines (under a minute)")
+    plain = LLM(str(model), **sizes)
+    speculating = LLM(str(model), **sizes, **engine_args(config, model) | {"scheduler_cls": QUALNAME})
+    try:
+        requantize_s = [speculating.collective_rpc("self_spec_requantize_checkpoint")[0] for _ in range(3)]
+        cells = [
+            {"batch": batch, "gamma": gamma, "ratios": [], "plain_tokens_per_s": [], "tokens_per_s": [], "accepted": [0, 0]}
+            for batch in args.batches
+            for gamma in args.gammas
+        ]
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("measuring", total=len(cells) * (args.rounds + 1))
+            for round_number in range(args.rounds + 1):
+                for cell in cells:
+                    measure_cell(plain, speculating, cell, args.tokens, is_warm_up=round_number == 0)
+                    progress.advance(task)
+    finally:
+        plain.llm_engine.engine_core.shutdown()
+        speculating.llm_engine.engine_core.shutdown()
+    return {"requantize_s": requantize_s, "cells": [summarize(cell) for cell in cells]}
+
+
+def measure_cell(plain: Any, speculating: Any, cell: dict[str, Any], num_tokens: int, is_warm_up: bool) -> None:
+    plain_s, _ = timed(plain, cell["batch"], num_tokens, None)
+    ours_s, (num_drafts, num_accepted) = timed(speculating, cell["batch"], num_tokens, cell["gamma"])
+    if is_warm_up:
+        return
+    total = cell["batch"] * num_tokens
+    cell["ratios"].append(plain_s / ours_s)
+    cell["plain_tokens_per_s"].append(total / plain_s)
+    cell["tokens_per_s"].append(total / ours_s)
+    cell["accepted"] = [cell["accepted"][0] + num_drafts, cell["accepted"][1] + num_accepted]
+
+
+def timed(llm: Any, batch: int, num_tokens: int, gamma: int | None) -> tuple[float, tuple[int, int]]:
+    """Seconds of one `generate` call, and the drafts and accepted tokens in it."""
+    from vllm import SamplingParams
+
+    from openrlhf_sd.engine.scripted_gamma import GAMMA_ARG
+
+    vocab_size = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+    prompts = [
+        {"prompt_token_ids": [(7919 * row + 104_729 * column) % vocab_size for column in range(PROMPT_TOKENS)]}
+        for row in range(batch)
+    ]
+    params = SamplingParams(
+        temperature=1.0,
+        max_tokens=num_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=None if gamma is None else {GAMMA_ARG: gamma},
+    )
+    before = _spec_decode_counts(llm)
+    started = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    after = _spec_decode_counts(llm)
+    return seconds, (after[0] - before[0], after[1] - before[1])
+
+
+def _spec_decode_counts(llm: Any) -> tuple[int, int]:
+    values = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    return values.get("vllm:spec_decode_num_drafts", 0), values.get("vllm:spec_decode_num_accepted_tokens", 0)
+
+
+def summarize(cell: dict[str, Any]) -> dict[str, Any]:
+    num_drafts, num_accepted = cell.pop("accepted")
+    return cell | {
+        "ratio_median": statistics.median(cell["ratios"]),
+        "mean_acceptance_length": 1 + num_accepted / num_drafts if num_drafts else None,
+    }
+
+
+def table(result: dict[str, Any]) -> Any:
+    """Speed-up over plain vLLM as median (lowest..highest of the rounds), then the mean acceptance length."""
+    from rich.table import Table
+
+    seconds = statistics.median(result["requantize_s"])
+    shown = Table(title=f"{result['model']}, drafter {result['quant']}: speed-up over plain vLLM; re-quantize {seconds:.2f} s")
+    gammas = sorted({cell["gamma"] for cell in result["cells"]})
+    for heading in ("batch", "plain tok/s", *(f"gamma {gamma}" for gamma in gammas)):
+        shown.add_column(heading, justify="right")
+    for batch in sorted({cell["batch"] for cell in result["cells"]}):
+        row = [cell for cell in result["cells"] if cell["batch"] == batch]
+        plain = statistics.median(value for cell in row for value in cell["plain_tokens_per_s"])
+        cells = {cell["gamma"]: cell for cell in row}
+        shown.add_row(str(batch), f"{plain:.0f}", *(_cell_text(cells[gamma]) for gamma in gammas))
+    return shown
+
+
+def _cell_text(cell: dict[str, Any]) -> str:
+    length = cell["mean_acceptance_length"]
+    text = f"{cell['ratio_median']:.2f} ({min(cell['ratios']):.2f}..{max(cell['ratios']):.2f})"
+    return text if length is None else f"{text} L={length:.2f}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,100 @@
+"""The main job: GRPO through the launcher on real Ray, DeepSpeed and vLLM, vanilla and self-speculating, the same data and seed."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from openrlhf_sd.metrics import read_rows
+from openrlhf_sd.run_records import load_run
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+STEPS = 3
+PROMPTS = 8
+SAMPLES = 4
+
+
+def train(run_dir: Path, policy: Path, data: Path, *ours: str) -> Path:
+    command = [
+        *(sys.executable, "-m", "openrlhf_sd.launch", *ours, "--self-spec.run_dir", run_dir),
+        *("--actor.model_name_or_path", policy, "--reward.remote_url", QUICKSTART / "reward.py"),
+        *("--data.prompt_dataset", data / "prompts.jsonl", "--data.input_key", "input", "--data.label_key", "label"),
+        *("--data.max_len", 256, "--rollout.max_new_tokens", 200, "--data.max_samples", STEPS * PROMPTS),
+        *("--rollout.batch_size", PROMPTS, "--rollout.n_samples_per_prompt", SAMPLES, "--rollout.micro_batch_size", 8),
+        *("--train.batch_size", PROMPTS * SAMPLES, "--train.micro_batch_size", 8),
+        *("--vllm.num_engines", 1, "--vllm.enforce_eager", "--vllm.gpu_memory_utilization", 0.3),
+        *("--actor.num_gpus_per_node", 1, "--ref.num_gpus_per_node", 1, "--ds.attn_implementation", "sdpa"),
+        *("--algo.advantage.estimator", "group_norm", "--algo.advantage.is_correction_level", "token"),
+        *("--algo.kl.init_coef", 0, "--actor.adam.lr", 2e-4, "--ckpt.output_dir", run_dir / "ckpt"),
+    ]
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-3000:]
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def runs(warm_policy, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("grpo")
+    subprocess.run([sys.executable, QUICKSTART / "task.py", "--out", folder], check=True)
+    return {
+        "vanilla": train(folder / "vanilla", warm_policy, folder),
+        "fixed": train(folder / "fixed", warm_policy, folder, "--self-spec", "fixed", "--self-spec.gamma", "3"),
+        "adaptive": train(
+            folder / "adaptive", warm_policy, folder, "--self-spec", "adaptive", "--self-spec.toggle_batch", "16"
+        ),
+    }
+
+
+def test_rollout_and_trainer_agree_no_worse_than_without_speculation(runs):
+    kl = {arm: load_run(run_dir).scalars["train/vllm_kl"] for arm, run_dir in runs.items()}
+    values = {arm: [value for _, value in steps] for arm, steps in kl.items()}
+    print({arm: [f"{value:.1e}" for value in steps] for arm, steps in values.items()})
+    for arm in ("fixed", "adaptive"):
+        assert len(values[arm]) == STEPS
+        # bf16 noise: same order of magnitude, on 96 different responses
+        assert statistics.mean(values[arm]) < 3 * statistics.mean(values["vanilla"]) + 1e-4
+
+
+def test_every_rollout_has_its_row(runs):
+    for arm, run_dir in runs.items():
+        rows, num_unreadable = read_rows(run_dir / "metrics.jsonl")
+        assert num_unreadable == 0
+        assert [row["rollout"] for row in rows] == list(range(STEPS))
+        for row in rows:
+            assert row["num_responses"] == PROMPTS * SAMPLES
+            assert row["timing/rollout_s"] > 0 and row["timing/weight_sync_s"] > 0
+            assert (row["timing/requantize_s"] is None) == (arm == "vanilla")
+            assert (row["rollout/sd/num_drafts"] is None) == (arm == "vanilla")
+    assert all(row["rollout/sd/gamma"] == 3 for row in read_rows(runs["fixed"] / "metrics.jsonl")[0])
+
+
+def test_openrlhf_logs_the_same_values(runs):
+    scalars = load_run(runs["fixed"]).scalars
+    rows, _ = read_rows(runs["fixed"] / "metrics.jsonl")
+    for name in ("acceptance_rate", "mean_acceptance_length", "num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        logged = [value for _, value in scalars[f"train/rollout/sd/{name}"]]
+        ours = [row["response_mean"][f"rollout/sd/{name}"] for row in rows]
+        assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(logged, ours, strict=True)), name
+
+
+def test_vanilla_loads_none_of_our_engine_code(runs):
+    config = json.loads((runs["vanilla"] / "config.json").read_text())
+    assert config["arm"] == "vanilla" and config["self_spec"] is None
+    code = (
+        "import sys; from openrlhf_sd import rollout_actor, launch; rollout_actor.make_create_vllm_engines(None, None);"
+        "print([name for name in sys.modules if name.startswith('openrlhf_sd.engine')])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip().endswith("[]")
+
+
+def test_provenance_and_resolved_settings(runs):
+    provenance = json.loads((runs["fixed"] / "provenance.json").read_text())
+    assert provenance["status"] == "finished" and provenance["packages"]["openrlhf"] == "0.11.2"
+    self_spec = json.loads((runs["fixed"] / "config.json").read_text())["self_spec"]
+    assert self_spec["quant"] in ("w4", "w8a8"), "the scheme that ran, not the question"

@@ -1,0 +1,274 @@
+"""Unmodified OpenRLHF training on the CPU, and the weights its engine computes with afterwards. Real Ray, DeepSpeed and vLLM."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU platform is inactive where CUDA is present")
+
+VOCAB_SIZE = 512
+PROMPTS = [[2 + (7 * i + j * j) % 500 for j in range(40)] for i in range(8)]
+
+
+def build_policy(folder: Path, tied: bool):
+    """Save a random 0.2M-parameter Qwen2 with a byte-level tokenizer, and return it.
+
+    Untied, its head equals the embeddings at the start: vLLM must not take that for tying, for training moves them apart.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    vocab = {token: index for index, token in enumerate(["<pad>", "<eos>", *sorted(ByteLevel.alphabet())])}
+    # AutoTokenizer makes a Qwen2Tokenizer for a Qwen2 model whatever was saved, so save one.
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token="<pad>", eos_token="<eos>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tied,
+        initializer_range=0.06,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    if not tied:
+        model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
+    model.save_pretrained(folder)
+    return model
+
+
+# ---- GRPO through the launcher
+
+
+@pytest.fixture(scope="module")
+def grpo_run(tmp_path_factory):
+    """Three steps of vanilla GRPO. -> (exit code, output, run folder, ids of processes left behind)."""
+    folder = tmp_path_factory.mktemp("grpo")
+    build_policy(folder / "model", tied=True)
+    prompts = [{"input": f"{i * 37 % 91}+{i * 11 % 53}=", "label": ""} for i in range(24)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    (folder / "reward.py").write_text(
+        "import torch\n"
+        "def reward_func(queries, prompts, labels):\n"
+        "    rewards = torch.tensor([sum(c.isdigit() for c in query) / len(query) for query in queries])\n"
+        "    return {'rewards': rewards, 'scores': rewards, 'extra_logs': {}}\n"
+    )
+    flags = f"""
+        --self-spec.run_dir {folder}/run --ckpt.output_dir {folder}/ckpt --ckpt.path {folder}/ckpt/states
+        --actor.model_name_or_path {folder}/model --data.prompt_dataset {folder}/prompts.jsonl --data.label_key label
+        --reward.remote_url {folder}/reward.py --ds.attn_implementation sdpa
+        --vllm.num_engines 1 --vllm.enforce_eager --actor.num_gpus_per_node 1 --ref.num_gpus_per_node 1
+        --algo.advantage.estimator group_norm --algo.advantage.is_correction_level token --algo.kl.init_coef 0
+        --rollout.batch_size 8 --rollout.n_samples_per_prompt 4 --rollout.micro_batch_size 8
+        --train.batch_size 32 --train.micro_batch_size 8 --data.max_len 128 --rollout.max_new_tokens 64
+        --actor.adam.lr 1e-3 --actor.lr_scheduler constant
+    """.split()
+    marker = f"OPENRLHF_SD_TEST={uuid.uuid4()}"
+    name, _, value = marker.partition("=")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0", name: value}
+    result = subprocess.run(
+        [sys.executable, "-m", "openrlhf_sd.launch", *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    return result.returncode, result.stdout, folder / "run", processes_with(marker)
+
+
+def processes_with(marker: str) -> list[str]:
+    """Command lines of the running processes that have inherited `marker` in their environment."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and marker.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue  # it ended while we looked, or is not ours to see
+    return found
+
+
+def logged(output: str, name: str) -> list[float]:
+    """Values of one metric in OpenRLHF's "Global step" lines."""
+    steps = [line for line in output.splitlines() if "Global step" in line]
+    return [float(re.search(rf"'{re.escape(name)}': ([-+.e\d]+)", line).group(1)) for line in steps]
+
+
+def test_vanilla_grpo_trains_to_the_end_on_the_cpu(grpo_run):
+    returncode, output, run_dir, _ = grpo_run
+    assert returncode == 0, output[-4000:]
+    assert len(logged(output, "actor_grad_norm")) == 3
+    assert all(norm > 0 for norm in logged(output, "actor_grad_norm"))
+    assert json.loads((run_dir / "provenance.json").read_text())["status"] == "finished"
+    assert json.loads((run_dir / "config.json").read_text())["arm"] == "vanilla"
+    assert list((run_dir / "tensorboard").glob("*/events.out.*"))
+
+
+def test_rollout_and_trainer_agree_on_logprobs_after_weight_syncs(grpo_run):
+    _, output, _, _ = grpo_run
+    # Mean logprob difference over some 2000 tokens; bf16 noise is 1e-4 to 1e-3, a stale head 1e-1.
+    assert all(0 < abs(vllm_kl) < 5e-3 for vllm_kl in logged(output, "vllm_kl"))
+
+
+def test_no_process_outlives_the_launcher(grpo_run):
+    _, _, _, left_behind = grpo_run
+    assert left_behind == []
+
+
+# ---- Weight sync into a plain vllm.LLM
+
+
+class Trainer:
+    """Rank 0 of the broadcast, as OpenRLHF's actor is, around a Hugging Face model."""
+
+    def __init__(self, model, llm) -> None:
+        from openrlhf_sd.cpu.gloo_broadcast import GlooBroadcastGroup
+
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port = listener.getsockname()[1]
+        self.model, self.llm = model, llm
+
+        def join() -> None:
+            self.group = GlooBroadcastGroup("127.0.0.1", port, 0, 2)
+
+        with _meanwhile(join):
+            llm.collective_rpc("init_process_group", args=("127.0.0.1", port, 1, 2, "openrlhf", "gloo", False))
+
+    def change_weights(self, seed: int) -> None:
+        """Move every weight by half its standard deviation, so that old and new weights cannot be confused."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += (0.5 * parameter.data.float().std() * noise).to(parameter.dtype)
+
+    def broadcast(self, before_last=lambda: None) -> None:
+        parameters = list(self.model.named_parameters())
+        for number, (name, parameter) in enumerate(parameters, start=1):
+            is_last = number == len(parameters)
+            if is_last:
+                before_last()
+            with _meanwhile(lambda: self.group.broadcast(parameter.data, src=0)):
+                self.llm.collective_rpc("update_weight", args=(name, parameter.dtype, parameter.shape, is_last))
+
+    def logprob_error(self) -> float:
+        """Mean |engine's logprob - Hugging Face's| over sampled tokens, under the arguments OpenRLHF samples with."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=1.0, max_tokens=20, min_tokens=1, logprobs=1, ignore_eos=True)
+        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+        errors = []
+        for prompt, output in zip(PROMPTS, outputs):
+            tokens = output.outputs[0].token_ids
+            with torch.no_grad():
+                logits = self.model(torch.tensor([prompt + list(tokens)])).logits[0].float()
+            expected = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            for position, token in enumerate(tokens):
+                errors.append(abs(output.outputs[0].logprobs[position][token].logprob - expected[position, token].item()))
+        return sum(errors) / len(errors)
+
+
+class _meanwhile:
+    """Run a blocking call of rank 0 beside the one of rank 1."""
+
+    def __init__(self, call) -> None:
+        self._thread = threading.Thread(target=call, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exception) -> None:
+        self._thread.join(timeout=60)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # as OpenRLHF's actor sets it: dtypes travel by RPC
+    import vllm
+
+    from openrlhf_sd.cpu.engine_kwargs import CPU_WORKER_EXTENSION
+
+    engines = []
+
+    def make(tied: bool, enforce_eager: bool) -> Trainer:
+        model = build_policy(tmp_path / "model", tied)
+        llm = vllm.LLM(
+            str(tmp_path / "model"),
+            worker_extension_cls=CPU_WORKER_EXTENSION,
+            enforce_eager=enforce_eager,
+            dtype="bfloat16",
+            max_model_len=128,
+            kv_cache_memory_bytes=1 << 26,
+            logprobs_mode="processed_logprobs",
+        )
+        engines.append(llm)
+        return Trainer(model, llm)
+
+    yield make
+    for llm in engines:
+        llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.parametrize("tied, enforce_eager", [(True, False), (False, True)], ids=["tied-compiled", "untied-eager"])
+def test_engine_computes_with_the_new_weights_after_two_broadcasts(make_trainer, tied, enforce_eager):
+    trainer = make_trainer(tied, enforce_eager)
+    assert trainer.logprob_error() < 0.02
+    for seed in (1, 2):
+        trainer.change_weights(seed)
+        assert trainer.logprob_error() > 0.1  # the changes are large enough to see a stale weight
+        trainer.broadcast()
+        assert trainer.logprob_error() < 0.02
+    if tied:
+        # The same broadcast without the repair of the tied head, to show that it is needed.
+        trainer.change_weights(3)
+        trainer.broadcast(before_last=lambda: trainer.llm.collective_rpc(forget_tied_heads))
+        assert trainer.logprob_error() > 0.1
+
+
+def forget_tied_heads(worker) -> None:
+    worker._sync_tied_heads.clear()
+
+
+# ---- Sizes
+
+
+def test_engine_kwargs_are_sized_for_shared_memory_and_keep_other_extensions():
+    from openrlhf_sd.cpu.engine_kwargs import CPU_WORKER_EXTENSION, UPSTREAM_WORKER_EXTENSION, cpu_engine_kwargs
+
+    upstream = {"worker_extension_cls": UPSTREAM_WORKER_EXTENSION, "gpu_memory_utilization": 0.5, "max_model_len": 896}
+    adapted = cpu_engine_kwargs(upstream, available_bytes=16 << 30, kv_bytes_per_token=1024)
+    assert adapted["worker_extension_cls"] == CPU_WORKER_EXTENSION
+    # 256 requests x (896 + 128) tokens x 1024 bytes = 256 MiB, less than 16 GiB x 0.25 x 0.5
+    assert adapted["kv_cache_memory_bytes"] == 256 << 20
+    assert cpu_engine_kwargs(adapted, 1 << 30, 1024) == adapted
+    # 1 GiB x 0.25 x 0.5 = 128 MiB is all there is
+    assert cpu_engine_kwargs(upstream, 1 << 30, 1024)["kv_cache_memory_bytes"] == 128 << 20
+    assert cpu_engine_kwargs({**upstream, "worker_extension_cls": "a.b.C"}, 1 << 30, 1024)["worker_extension_cls"] == "a.b.C"
+
+
+def test_platform_patches_do_nothing_until_their_module_is_imported():
+    code = (
+        "import sys; from openrlhf_sd.cpu import platform; platform.install(); platform.install(); "
+        "assert not {'torch', 'openrlhf', 'ray'} & set(sys.modules); "
+        "import torch; assert torch.cuda.current_device() == torch.device('cpu') and not torch.cuda.is_available(); "
+        "import openrlhf.models.ring_attn_utils as r; assert 'flash_attn' not in sys.modules; r.unpad_input()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "use --ds.attn_implementation sdpa or eager" in result.stderr.splitlines()[-1]

@@ -1,0 +1,134 @@
+"""Bad input ends in one line that names the flag, exit code 2, and nothing started."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from openrlhf_sd import launch
+
+TINY_CONFIG = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 2, "model_type": "qwen2"}
+
+
+@pytest.fixture
+def good_flags(tmp_path):
+    """A command line that passes every check, to be spoiled in one place."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(TINY_CONFIG))
+    (tmp_path / "reward.py").write_text("")
+    (tmp_path / "prompts.jsonl").write_text("")
+    return {
+        "--actor.model_name_or_path": str(model),
+        "--reward.remote_url": str(tmp_path / "reward.py"),
+        "--data.prompt_dataset": str(tmp_path / "prompts.jsonl"),
+        "--ds.attn_implementation": "sdpa",
+        "--vllm.num_engines": "1",
+        "--algo.advantage.estimator": "group_norm",
+        "--rollout.n_samples_per_prompt": "4",
+    }
+
+
+def as_argv(flag_values):
+    return [token for flag, value in flag_values.items() for token in ((flag,) if value is None else (flag, value))]
+
+
+@pytest.fixture
+def forbid_training(monkeypatch):
+    def train(*args):
+        raise AssertionError("training was started")
+
+    monkeypatch.setattr(launch, "train", train)
+
+
+SPOILED = {
+    "missing model folder": ({"--actor.model_name_or_path": "/no/such/model"}, "--actor.model_name_or_path: no folder"),
+    "unknown mode": ({"--self-spec": "sometimes"}, "--self-spec: unknown mode"),
+    "gamma out of range": ({"--self-spec": "fixed", "--self-spec.gamma": "99"}, "--self-spec.gamma: 99 is out of range"),
+    "abbreviated flag": ({"--self-spec": "fixed", "--self-spec.gam": "3"}, "--self-spec.gam: no such flag"),
+    "group size that does not divide": (
+        # 96 input channels are no multiple of 64
+        {"--self-spec": "fixed", "--self-spec.quant": "w4", "--self-spec.group_size": "64"},
+        "--self-spec.group_size: 64 does not divide the input width 96",
+    ),
+    "LoRA with self-speculation": ({"--self-spec": "fixed", "--ds.lora.rank": "8"}, "--ds.lora.rank: does not work"),
+    "no engine": ({"--self-spec": "fixed", "--vllm.num_engines": "0"}, "--vllm.num_engines:"),
+    "flag without mode": ({"--self-spec.gamma": "3"}, "--self-spec.gamma: means nothing without"),
+    "unknown flag of OpenRLHF": ({"--rollout.batch_siz": "8"}, "--rollout.batch_siz: no such flag; did you mean"),
+    "missing reward file": ({"--reward.remote_url": "/no/such/reward.py"}, "--reward.remote_url: no file"),
+    "missing prompts": ({"--data.prompt_dataset": "/no/such/prompts.jsonl"}, "--data.prompt_dataset: no file"),
+    "contradiction OpenRLHF finds": (
+        {"--rollout.n_samples_per_prompt": "1"},
+        "OpenRLHF refuses these flags: group_norm requires n_samples_per_prompt > 1",
+    ),
+}
+
+SPOILED_ON_CPU = {
+    "flash attention": ({"--ds.attn_implementation": "flash_attention_2"}, "--ds.attn_implementation: flash_attention_2 needs"),
+    "packing": ({"--ds.packing_samples": None}, "--ds.packing_samples: packs samples"),
+    "dynamic batch": ({"--train.dynamic_batch_enable": None}, "--train.dynamic_batch_enable: packs samples"),
+    "sync with ray": ({"--vllm.sync_with_ray": None}, "--vllm.sync_with_ray:"),
+    "tensor parallel": ({"--vllm.tensor_parallel_size": "2"}, "--vllm.tensor_parallel_size:"),
+    "CUDA IPC": ({"--train.colocate_all": None}, "--train.colocate_all:"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", SPOILED.values(), ids=SPOILED.keys())
+def test_bad_input_ends_in_one_line_and_exit_code_2(good_flags, forbid_training, capsys, spoil, message):
+    assert launch.main(as_argv({**good_flags, **spoil})) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"openrlhf-sd: error: {message}")
+
+
+@pytest.mark.parametrize("spoil, message", SPOILED_ON_CPU.values(), ids=SPOILED_ON_CPU.keys())
+def test_flags_that_need_a_gpu_are_refused_without_one(good_flags, forbid_training, monkeypatch, capsys, spoil, message):
+    monkeypatch.setattr(launch.platform, "is_needed", lambda: True)
+    assert launch.main(as_argv({**good_flags, **spoil})) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"openrlhf-sd: error: {message}")
+
+
+def test_run_dir_that_holds_a_run_is_not_overwritten(good_flags, forbid_training, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text("{}")
+    assert launch.main(as_argv({**good_flags, "--self-spec.run_dir": str(run_dir)})) == 2
+    assert "--self-spec.run_dir:" in capsys.readouterr().err
+    assert [path.name for path in run_dir.iterdir()] == ["config.json"]
+
+
+def test_run_dir_that_cannot_be_written(good_flags, forbid_training, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert launch.main(as_argv({**good_flags, "--self-spec.run_dir": str(tmp_path / "file" / "run")})) == 2
+    assert "--self-spec.run_dir: cannot write to" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_recorded_as_failed_and_its_secrets_are_not(good_flags, monkeypatch, tmp_path):
+    def train(*args):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(launch, "train", train)
+    run_dir = tmp_path / "run"
+    argv = as_argv({**good_flags, "--self-spec": "toggle", "--self-spec.run_dir": str(run_dir), "--logger.wandb.key": "s3cret"})
+    with pytest.raises(RuntimeError, match="boom"):
+        launch.main(argv)
+    config = json.loads((run_dir / "config.json").read_text())
+    provenance = json.loads((run_dir / "provenance.json").read_text())
+    assert config["arm"] == "toggle"
+    assert config["self_spec"]["run_dir"] == str(run_dir)
+    assert config["openrlhf"]["logger.tensorboard_dir"] == str(run_dir / "tensorboard")
+    assert provenance["status"] == "failed"
+    assert provenance["ended_unix_s"] >= provenance["started_unix_s"]
+    assert {"openrlhf_sd", "torch", "ray"} <= set(provenance["packages"])
+    assert "s3cret" not in (run_dir / "config.json").read_text() + (run_dir / "provenance.json").read_text()
+
+
+def test_bad_input_loads_neither_torch_nor_ray():
+    code = (
+        "import sys; from openrlhf_sd import launch; "
+        "assert launch.main(['--actor.model_name_or_path', '/no/such/model']) == 2; "
+        "print(sorted({'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
