@@ -53,7 +53,7 @@ def runs(warm_policy, tmp_path_factory) -> dict[str, Path]:
 
 def test_rollout_and_trainer_agree_no_worse_than_without_speculation(runs):
     kl = {arm: load_run(run_dir).scalars["train/vllm_kl"] for arm, run_dir in runs.items()}
-    values = {arm: [value for _, value in steps] for arm, steps in kl.items()}
+    values = {arm: list(steps.values()) for arm, steps in kl.items()}
     print({arm: [f"{value:.1e}" for value in steps] for arm, steps in values.items()})
     for arm in ("fixed", "adaptive"):
         assert len(values[arm]) == STEPS
@@ -78,7 +78,7 @@ def test_openrlhf_logs_the_same_values(runs):
     scalars = load_run(runs["fixed"]).scalars
     rows, _ = read_rows(runs["fixed"] / "metrics.jsonl")
     for name in ("acceptance_rate", "mean_acceptance_length", "num_drafts", "num_draft_tokens", "num_accepted_tokens"):
-        logged = [value for _, value in scalars[f"train/rollout/sd/{name}"]]
+        logged = list(scalars[f"train/rollout/sd/{name}"].values())
         ours = [row["response_mean"][f"rollout/sd/{name}"] for row in rows]
         assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(logged, ours, strict=True)), name
 
