@@ -1,11 +1,12 @@
 """Warm start: short supervised training of the quickstart's policy on demonstrations, some faulty on purpose.
 
-    python examples/quickstart/warm_start.py --model DIR --out DIR2 [--steps 300] [--seed 0] [--samples 3]
+    python examples/quickstart/warm_start.py --model DIR --out DIR2 [--steps 300] [--seed 0] [--threads 1] [--samples 3]
 
 Plain PyTorch on the CPU, float32, then saved in bf16. Ends by sampling fresh prompts at temperature 1 and printing
 the accuracy. About half is the aim: GRPO learns from prompts that are answered sometimes rightly and sometimes
 wrongly. The faults are described at GUESS_FRACTION in task.py. The same seed on the same machine and thread count
-gives the same weights.
+gives the same weights. About a minute on one free core, and deliberately on one: the matrices are small, and two
+threads that share their cores with other work took five minutes.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def imitation_loss(model: Qwen2ForCausalLM, rows: list[tuple[list[int], list[int
 def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> None:
     """Linear warm-up, constant for the first half, linear decay to zero; changes `model` in place.
 
-    Muon (torch.optim.Muon) for the matrices inside the decoder layers, AdamW for embeddings, norms and biases: with
-    AdamW alone the same accuracy takes more than twice the updates.
+    Muon (torch.optim.Muon) for the matrices inside the decoder layers, AdamW for embeddings, norms and biases.
+    After 150 updates the loss on unseen demonstrations was 0.04 nats per token; with AdamW alone 0.28, after 300 0.21.
     """
     matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
     others = [p for name, p in model.named_parameters() if not (".layers." in name and p.ndim == 2)]
@@ -118,11 +119,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the warm-started policy")
     parser.add_argument("--steps", type=int, default=300, help=f"updates of {ROWS * ROW_TOKENS} tokens each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more pay only when no other work runs")
     parser.add_argument("--samples", type=int, default=3, help="sampled responses to show at the end")
     args = parser.parse_args(argv)
     if not (args.model / "config.json").is_file():
         parser.error(f"--model: no model in {args.model}; write one with build_model.py --out {args.model}")
 
+    torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = Qwen2ForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     started = time.perf_counter()

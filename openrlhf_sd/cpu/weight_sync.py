@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 from vllm.config import set_current_vllm_config
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -23,6 +24,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
 from openrlhf_sd.cpu.gloo_broadcast import GlooBroadcastGroup
+
+BUSY_WAIT_S = 0.02
+"""Longer than the pauses between the steps of a rollout, or between two parameters of a broadcast."""
 
 
 class CpuWorkerWrap(WorkerWrap):
@@ -53,6 +57,7 @@ class CpuWorkerWrap(WorkerWrap):
             raise ValueError("--vllm.sync_with_ray: not possible on the CPU, where vLLM's worker is no Ray actor; drop it")
         rank = torch.distributed.get_rank() + rank_offset
         self._sync_group = GlooBroadcastGroup(master_address, master_port, rank, world_size)
+        _share_cores_with_trainer()
 
     def update_weight(self, name: str, dtype: torch.dtype, shape: torch.Size, empty_cache: bool = False) -> None:
         """Receive one parameter of the policy from rank 0. OpenRLHF passes `empty_cache` with the last one of a broadcast.
@@ -88,6 +93,14 @@ class CpuWorkerWrap(WorkerWrap):
             # Its weight is the embedding's and has just been loaded, but no parameter of the head's own name came, so nothing packed
             # it again: without this it goes on multiplying with its packed copy of the old embedding.
             head.quant_method.process_weights_after_loading(head)
+
+
+def _share_cores_with_trainer() -> None:
+    """vLLM's worker polls for its next call for a second before it sleeps: a core the trainer, next in turn, is waiting for.
+
+    Set on the class, over the value each instance keeps: the worker's queue exists already and is out of reach from here.
+    """
+    SpinCondition.busy_loop_s = property(lambda self: BUSY_WAIT_S, lambda self, value: None)
 
 
 def _tied_lm_heads(model: torch.nn.Module) -> list[ParallelLMHead]:
