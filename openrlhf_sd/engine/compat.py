@@ -33,6 +33,8 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.model_executor.model_loader.reload", "initialize_layerwise_reload", "weights change in place"),
     ("vllm.model_executor.model_loader.reload", "finalize_layerwise_reload", "weights change in place"),
     ("vllm.model_executor.kernels.linear.scaled_mm.cpu", "CPUInt8ScaledMMLinearKernel.process_weights_for_onednn", "w8a8"),
+    ("vllm.model_executor.kernels.linear.mixed_precision.cpu", "CPUWNA16LinearKernel._process_gptq_weights_w4a16", "speed"),
+    ("vllm.model_executor.kernels.linear.mixed_precision.cpu", "_get_isa_hint", "w4 on CPU"),
     ("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", "repaired on CPU"),
     ("openrlhf.trainer.ray.vllm_engine", "RolloutRayActor", "subclassed; create_vllm_engines names it literally"),
     ("vllm.v1.metrics.loggers", "AggregateStatLoggerBase.record", "drafts and acceptances per step"),

@@ -110,14 +110,16 @@ def quantize_w4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, to
     num_rows, num_cols = weight.shape
     packed = torch.empty(num_rows, num_cols // 8, dtype=torch.int32, device=weight.device)
     scale = torch.empty(num_rows, num_cols // group_size, dtype=weight.dtype, device=weight.device)
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
     for rows in _row_chunks(weight):
         grouped = weight[rows].float().view(-1, num_cols // group_size, group_size)
         rounded = _scale(grouped, bits=4).to(weight.dtype)
         scale[rows] = rounded.squeeze(-1)
-        values = grouped.div_(rounded.float()).round_().clamp_(-8, 7).add_(8).to(torch.int32)
-        # Disjoint bit fields: the sum is the bitwise or. 15 << 28 wraps into the sign bit, as the format wants.
-        packed[rows] = (values.view(-1, num_cols // 8, 8) << shifts).sum(dim=-1, dtype=torch.int32)
+        values = grouped.div_(rounded.float()).round_().clamp_(-8, 7).to(torch.int8).view(-1, num_cols)
+        # Two values at a time, little-endian: the even one gives the low nibble. Flipping bit 3 turns two's complement into
+        # offset binary.
+        pairs = values.view(torch.int16)
+        nibbles = ((pairs & 0x0F) | ((pairs >> 4) & 0xF0)) ^ 0x88
+        packed[rows] = nibbles.to(torch.int8).view(torch.int32)
     return packed, scale
 
 
@@ -135,8 +137,7 @@ def quantize_w8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _scale(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Symmetric scale over the last dimension, kept; an all-zero group gets the smallest scale instead of a division by zero."""
     half_range = (2**bits - 1) / 2
-    low, high = torch.aminmax(values, dim=-1, keepdim=True)
-    return torch.maximum(high, -low).div_(half_range).clamp_(min=torch.finfo(torch.bfloat16).tiny)
+    return values.abs().amax(dim=-1, keepdim=True).div_(half_range).clamp_(min=torch.finfo(torch.bfloat16).tiny)
 
 
 def _row_chunks(weight: torch.Tensor) -> list[slice]:
