@@ -1,4 +1,5 @@
-"""Our flags and OpenRLHF's: splitting a command line, and a parser of OpenRLHF's own flags that costs no import of torch or vLLM."""
+"""Our flags and OpenRLHF's: splitting a command line, and a parser of OpenRLHF's own flags that costs no import of
+torch or vLLM."""
 
 from __future__ import annotations
 
@@ -24,19 +25,20 @@ PREFIX = MODE_FLAG + "."
 UPSTREAM_MODULE = "openrlhf.cli.train_ppo_ray"
 
 FIELDS = {f.name: f for f in dataclasses.fields(SelfSpecConfig) if f.name != "mode"}
-"""Every field of SelfSpecConfig but the mode is a flag `--self-spec.FIELD`; the mode is the value of `--self-spec` itself."""
+"""Every field of SelfSpecConfig but the mode is a flag `--self-spec.FIELD`; the mode is the value of `--self-spec`
+itself."""
 
 
 def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None, list[str]]:
     """Take our flags out of a command line.
 
     Returns:
-        (config, run_dir, rest): config is None without `--self-spec`; run_dir is also in the config when there is one; rest is left
-        for OpenRLHF.
+        (config, run_dir, rest): config is None without `--self-spec`; run_dir is also in the config when there is one;
+        rest is left for OpenRLHF.
 
     Raises:
-        SelfSpecError: an unknown or repeated flag of ours, a missing or malformed value, a value out of bounds, or a flag that
-            needs a mode and has none.
+        SelfSpecError: an unknown or repeated flag of ours, a missing or malformed value, a value out of bounds, or a
+            flag that needs a mode and has none.
     """
     values: dict[str, Any] = {}
     rest: list[str] = []
@@ -65,7 +67,8 @@ def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None,
         return SelfSpecConfig(**values), run_dir, rest
     for name in values:
         if name != "run_dir":
-            raise SelfSpecError(f"{PREFIX}{name}: means nothing without {MODE_FLAG}; add {MODE_FLAG} {DEFAULT_MODE} or drop it")
+            mend = f"add {MODE_FLAG} {DEFAULT_MODE} or drop it"
+            raise SelfSpecError(f"{PREFIX}{name}: means nothing without {MODE_FLAG}; {mend}")
     return None, run_dir, rest
 
 
@@ -82,7 +85,8 @@ def our_help() -> str:
         MODE_FLAG,
         nargs="?",
         metavar="{" + ",".join(MODES) + "}",
-        help=f"Speculate with a quantized copy of the policy. Alone it means {DEFAULT_MODE}; absent, this is vanilla OpenRLHF.",
+        help="Speculate with a quantized copy of the policy. "
+        f"Without a value it means {DEFAULT_MODE}; absent, this is vanilla OpenRLHF.",
     )
     for name, f in FIELDS.items():
         default = getattr(defaults, name)
@@ -105,7 +109,8 @@ def upstream_parser() -> argparse.ArgumentParser:
 
 
 def check_upstream(parsed: argparse.Namespace) -> None:
-    """Run OpenRLHF's own checks of its flags, silently; it repeats them, with its warnings, when it trains. Imports torch.
+    """Run OpenRLHF's own checks of its flags, silently; it repeats them, with its warnings, when it trains. Imports
+    torch.
 
     Raises:
         SelfSpecError: with OpenRLHF's message.
@@ -119,10 +124,11 @@ def check_upstream(parsed: argparse.Namespace) -> None:
 
 
 def _upstream_main() -> tuple[types.CodeType, types.CodeType]:
-    """OpenRLHF's main program in two parts: the statements that build its parser, and those between parsing and `train(args)`.
+    """OpenRLHF's main program in two parts: the statements that build its parser, and those between parsing and
+    `train(args)`.
 
-    Both live inside `if __name__ == "__main__":`, next to imports that take ten seconds, so neither can be imported. The first part
-    uses argparse and one date only.
+    Both live inside `if __name__ == "__main__":`, next to imports that take ten seconds, so neither can be imported.
+    The first part uses argparse and one date only.
     """
     spec = importlib.util.find_spec("openrlhf") and importlib.util.find_spec(UPSTREAM_MODULE)
     if spec is None or spec.loader is None:

@@ -1,11 +1,12 @@
 """`openrlhf-sd`: OpenRLHF's PPO/GRPO training, with self-speculating rollout engines if asked for.
 
-    openrlhf-sd --self-spec [fixed|toggle|adaptive] [--self-spec.FIELD VALUE ...] <any flag of openrlhf.cli.train_ppo_ray>
-    openrlhf-sd <any flag of openrlhf.cli.train_ppo_ray>        vanilla OpenRLHF; also without a GPU
-    openrlhf-sd compare RUN_DIR RUN_DIR ...                     what two runs have recorded, side by side
+    openrlhf-sd --self-spec [fixed|toggle|adaptive] [--self-spec.FIELD VALUE ...] <OpenRLHF's flags>
+    openrlhf-sd <OpenRLHF's flags>            vanilla OpenRLHF, also without a GPU
+    openrlhf-sd compare RUN_DIR RUN_DIR ...   what runs have recorded, side by side
     openrlhf-sd --help
 
-`python -m openrlhf_sd.launch` is the same. Exit codes: 0 finished, 2 bad input, 130 interrupted, 1 anything else, with a traceback.
+OpenRLHF's flags are those of `python -m openrlhf.cli.train_ppo_ray`; `python -m openrlhf_sd.launch` is this program too.
+Exit codes: 0 finished, 2 bad input, 130 interrupted, 1 anything else, with a traceback.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return report.main(argv[1:]) or 0
         if not argv or "-h" in argv or "--help" in argv:
-            print(__doc__.strip(), flags.our_help(), "OpenRLHF's own flags:", flags.upstream_parser().format_help(), sep="\n\n")
+            upstream_help = flags.upstream_parser().format_help()
+            print(__doc__.strip(), flags.our_help(), "OpenRLHF's own flags:", upstream_help, sep="\n\n")
             return 0
         return run(argv)
     except SelfSpecError as error:
@@ -82,7 +84,8 @@ def train(
     upstream: argparse.Namespace,
     on_cpu: bool,
 ) -> None:
-    """Run OpenRLHF's own main program in this process. Returns when training has ended; leaves no process behind either way."""
+    """Run OpenRLHF's own main program in this process. Returns when training has ended; leaves no process behind either
+    way."""
     if on_cpu:
         platform.install()
 

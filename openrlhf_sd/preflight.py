@@ -42,8 +42,8 @@ def check_cpu(upstream: argparse.Namespace) -> None:
 def _check_self_spec(flags: dict[str, Any]) -> None:
     if flags["ds.lora.rank"] > 0:
         raise SelfSpecError(
-            "--ds.lora.rank: does not work with --self-spec, because OpenRLHF's weight sync sends adapters the engine cannot load; "
-            "train without LoRA"
+            "--ds.lora.rank: does not work with --self-spec, because OpenRLHF's weight sync sends adapters "
+            "the engine cannot load; train without LoRA"
         )
     if not flags["vllm.num_engines"]:
         raise SelfSpecError("--vllm.num_engines: --self-spec speculates inside vLLM engines; give at least 1")
@@ -73,15 +73,20 @@ def _check_cpu_trainer(flags: dict[str, Any]) -> None:
 
 def _check_cpu_engines(flags: dict[str, Any]) -> None:
     if flags["vllm.sync_with_ray"]:
-        raise SelfSpecError("--vllm.sync_with_ray: vLLM's CPU worker is no Ray actor, Ray cannot send it weights; drop it")
+        raise SelfSpecError(
+            "--vllm.sync_with_ray: vLLM's CPU worker is no Ray actor, Ray cannot send it weights; drop it"
+        )
     if flags["vllm.tensor_parallel_size"] > 1:
         raise SelfSpecError(
-            "--vllm.tensor_parallel_size: one engine uses all cores of this machine already; use 1, or more --vllm.num_engines"
+            "--vllm.tensor_parallel_size: one engine uses the cores of this machine already; "
+            "use 1, or more --vllm.num_engines"
         )
     if flags["vllm.enable_sleep"] and flags["train.colocate_all"]:
         raise SelfSpecError("--vllm.enable_sleep: vLLM cannot sleep on the CPU; drop it")
     if flags["train.colocate_all"] and flags["vllm.sync_backend"] == "nccl":
-        raise SelfSpecError("--train.colocate_all: hands weights over by CUDA IPC and there is no GPU; add --vllm.sync_backend gloo")
+        raise SelfSpecError(
+            "--train.colocate_all: hands weights over by CUDA IPC and there is no GPU; add --vllm.sync_backend gloo"
+        )
 
 
 def _read_model_config(model: str | None) -> dict[str, Any] | None:
@@ -103,7 +108,8 @@ def _read_model_config(model: str | None) -> dict[str, Any] | None:
 
 
 def _check_group_size(group_size: int, model_config: dict[str, Any], tensor_parallel_size: int) -> None:
-    # Imports torch, a second or two: the price of having the rule in one place. Without --self-spec.group_size it is not paid.
+    # Imports torch, a second or two: the price of having the rule in one place. Without --self-spec.group_size it is
+    # not paid.
     from openrlhf_sd.engine.quantize import check_group_size, linear_input_widths
 
     check_group_size(group_size, linear_input_widths(SimpleNamespace(**model_config), tensor_parallel_size))
@@ -111,7 +117,9 @@ def _check_group_size(group_size: int, model_config: dict[str, Any], tensor_para
 
 def _check_inputs(flags: dict[str, Any]) -> None:
     if not (flags["reward.remote_url"] or flags["reward.model_name_or_path"] or flags["train.agent_func_path"]):
-        raise SelfSpecError("--reward.remote_url: missing; give a .py file with a reward_func, or --reward.model_name_or_path")
+        raise SelfSpecError(
+            "--reward.remote_url: missing; give a .py file with a reward_func, or --reward.model_name_or_path"
+        )
     for name in ("reward.remote_url", "train.agent_func_path"):
         path = flags[name]
         if path is not None and path.endswith(".py") and not Path(path).is_file():

@@ -10,7 +10,8 @@ GRACE_S = 5.0
 
 
 def adopt_orphans() -> None:
-    """From now on a descendant whose parent dies becomes our child, not init's, so that `end_descendants` still finds it.
+    """From now on a descendant whose parent dies becomes our child, not init's, so that `end_descendants` still finds
+    it.
 
     Ray ends its workers, but the engine processes vLLM started inside them notice only some time later.
 

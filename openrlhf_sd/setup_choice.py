@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from openrlhf_sd.config import SelfSpecError
 
 PYTHONS = ((3, 11), (3, 12))
-"""openrlhf 0.11.2 has wheels for 3.10 to 3.12; the pinned numpy, scipy and pandas need 3.11. Verified by running: 3.11, hence first."""
+"""openrlhf 0.11.2 has wheels for 3.10 to 3.12; the pinned numpy and scipy need 3.11.
+3.11 is the verified one, hence first."""
 
 REQUIREMENTS = {"cpu": ("requirements-cpu.txt", "requirements-cpu-nodeps.txt"), "cuda": ("requirements.txt",)}
 
 NEEDED_BYTES = {"cpu": 6e9, "cuda": 30e9}
-"""Free space a new environment takes, with pip's downloads. CPU: 3.3 GB measured, plus what pip
-unpacks meanwhile. CUDA: an estimate from the wheel sizes, not measured."""
+"""Free space to start with. CPU: 3.3 GB measured, and what pip unpacks meanwhile. CUDA: an estimate, not measured."""
 
 NO_CPU_BUILD = "No matching distribution found"
 
@@ -30,7 +30,7 @@ class Machine:
     Args:
         nvidia_smi: output of `nvidia-smi -L`, or None where there is no such command.
         driver_gpus: number of GPUs the kernel driver lists.
-        device_nodes: number of /dev/nvidia0, /dev/nvidia1, ... A container sees the host's driver but only the nodes it was given.
+        device_nodes: number of /dev/nvidia0, /dev/nvidia1, ...; a container has only those it was given.
     """
 
     nvidia_smi: str | None
@@ -82,7 +82,7 @@ def unsupported_python(version: tuple[int, int] | None) -> str:
 
 
 def pins(requirements: str) -> dict[str, str]:
-    """Package name, normalized, without extras -> its whole line, for every line `name[extras]==version; marker` of the text."""
+    """Package name, normalized, without extras -> its line `name[extras]==version; marker`."""
     lines = (line.split("#")[0].strip() for line in requirements.splitlines())
     return {re.sub(r"[-_.]+", "-", re.split(r"[\[=<>;!~ ]", line)[0]).lower(): line for line in lines if line}
 
@@ -119,7 +119,10 @@ def plan(stack: str, python: str, requirements: dict[str, str], root: str) -> li
     (listed,) = REQUIREMENTS["cuda"]
     torch, flash_attn = (pins(requirements[listed])[name] for name in ("torch", "flash-attn"))
     return [
-        Stage(f"{torch} and build tools", ((*pip, torch, "setuptools>=77,<81", "wheel", "packaging", "ninja", "psutil"),)),
+        Stage(
+            f"{torch} and build tools",
+            ((*pip, torch, "setuptools>=77,<81", "wheel", "packaging", "ninja", "psutil"),),
+        ),
         Stage(
             f"{flash_attn}, compiled where no wheel fits, for up to an hour",
             ((*pip, "--no-build-isolation", flash_attn),),
@@ -151,11 +154,11 @@ def explain_failure(output: str) -> str:
         r"|Network is unreachable|Max retries exceeded|ConnectTimeout|ReadTimeout|error sending request|dns error",
         output,
     ):
-        return "no network: cannot reach the package index; connect, or configure pip for one that can be reached, and run this again"
+        return "no network: pip cannot reach its package index; connect, or configure pip for another"
     if "CUDA_HOME" in output or "nvcc was not found" in output:
-        return "flash-attn has to be compiled and there is no nvcc; install the CUDA toolkit of torch's CUDA version, set CUDA_HOME"
+        return "flash-attn must be compiled and there is no nvcc; install torch's CUDA toolkit, set CUDA_HOME"
     if "ensurepip is not available" in output or "No module named venv" in output:
-        return "this Python cannot create environments; install its venv module (Debian, Ubuntu: apt-get install python3-venv)"
+        return "this Python lacks its venv module; install it (Debian, Ubuntu: apt-get install python3-venv)"
     lines = [line.strip() for line in output.splitlines() if line.strip() and " is ignored: " not in line]
     errors = [line for line in lines if line.lower().startswith(("error", "fatal")) or "Error: " in line]
     return (errors or lines or ["it printed nothing"])[-1]

@@ -1,7 +1,7 @@
 """Installs everything into a virtual environment: `examples/setup.sh [--venv DIR] [--need-gpu] [--dry-run]`.
 
-Looks at the machine, picks the CPU or the CUDA stack, says which and why, installs it and imports it once. Run again it finds its
-own stamp and is done. Progress goes to stderr; stdout carries one line, the path of the environment's Python, for scripts:
+Looks at the machine, picks the CPU or the CUDA stack, says which and why, installs it and imports it once. Run again it
+finds its own stamp and is done. Progress goes to stderr; stdout carries one line, the path of the environment's Python:
 
     python=$(bash examples/setup.sh)
 
@@ -35,7 +35,7 @@ HEARTBEAT_S = 15.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="examples/setup.sh", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--venv", help="environment to fill or create; default: the active one, or else .venv in the repository")
+    parser.add_argument("--venv", help="environment to fill or make; default: the active one, else .venv in the repo")
     parser.add_argument("--need-gpu", action="store_true", help="stop where the machine has no NVIDIA GPU")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
     parser.add_argument("--called-from", default=".", help=argparse.SUPPRESS)  # --venv is relative to this
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def setup(venv: Path, need_gpu: bool, dry_run: bool) -> Path:
-    """Install, unless it is installed. Returns the environment's Python. Raises SelfSpecError with one line on what went wrong."""
+    """Install, unless installed. Returns the environment's Python. Raises SelfSpecError, one line on what is wrong."""
     start = time.monotonic()
     if platform.system() != "Linux":
         raise SelfSpecError(f"{platform.system()} is not supported: vLLM, DeepSpeed and the pinned wheels need Linux")
@@ -70,7 +70,9 @@ def setup(venv: Path, need_gpu: bool, dry_run: bool) -> Path:
     if exists:
         base = str(python)
         if python_version(base) not in setup_choice.PYTHONS:
-            raise SelfSpecError(f"{venv}: {setup_choice.unsupported_python(python_version(base))} (or name another --venv)")
+            raise SelfSpecError(
+                f"{venv}: {setup_choice.unsupported_python(python_version(base))} (or name another --venv)"
+            )
     else:
         names = ("python%d.%d" % version for version in setup_choice.PYTHONS)
         # Every place on the path: the first one may be a version manager's shim that does not run.
@@ -82,7 +84,8 @@ def setup(venv: Path, need_gpu: bool, dry_run: bool) -> Path:
     installed = (venv / STAMP).is_file() and (venv / STAMP).read_text() == stamp
 
     if dry_run:
-        say(f"environment {venv}: " + ("up to date" if installed else "to be filled" if exists else f"to be made with {base}"))
+        state = "up to date" if installed else "to be filled" if exists else f"to be made with {base}"
+        say(f"environment {venv}: {state}")
         for stage in stages:
             for command in stage.commands:
                 say("would run " + shlex.join(command))
@@ -104,7 +107,8 @@ def setup(venv: Path, need_gpu: bool, dry_run: bool) -> Path:
         run_stage(f"[{number}/{len(stages) + 1}]", stage, log)
     check_imports(f"[{len(stages) + 1}/{len(stages) + 1}]", stack, python, log)
     (venv / STAMP).write_text(stamp)
-    say(f"installed in {time.monotonic() - start:.0f} s; activate it with: . {shlex.quote(str(venv / 'bin' / 'activate'))}")
+    activate = shlex.quote(str(venv / "bin" / "activate"))
+    say(f"installed in {time.monotonic() - start:.0f} s; activate it with: . {activate}")
     return python
 
 
@@ -130,9 +134,8 @@ def look_at_machine() -> Machine:
 
 def python_version(command: str) -> tuple[int, int] | None:
     """(major, minor) of a Python, or None where it does not run, as a version manager's shim may not."""
-    found = subprocess.run(
-        [command, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    program = "import sys; print(*sys.version_info[:2])"
+    found = subprocess.run([command, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return None if found.returncode else tuple(map(int, found.stdout.split()))  # type: ignore[return-value]
 
 
@@ -152,7 +155,8 @@ def check_machine(stack: str, venv: Path) -> None:
             ctypes.CDLL("libnuma.so.1")
         except OSError:
             raise SelfSpecError(
-                "vLLM for the CPU needs the system library libnuma.so.1; install it (Debian, Ubuntu: apt-get install libnuma1)"
+                "vLLM for the CPU needs the system library libnuma.so.1; install it "
+                "(Debian, Ubuntu: apt-get install libnuma1)"
             ) from None
 
 
@@ -163,7 +167,7 @@ def make_venv(base: str, venv: Path) -> None:
 
 
 def make_stamp(stack: str, venv: Path, requirements: dict[str, str]) -> str:
-    """What a finished environment carries. It differs where a pin, the packaging, the checkout or the environment's place does."""
+    """What a finished environment carries. It differs where a pin, the packaging, the checkout or the place does."""
     parts = [stack, str(venv), str(ROOT), (ROOT / "pyproject.toml").read_text(), *requirements.values()]
     return f"{stack} {hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}\n"
 
@@ -203,7 +207,7 @@ def check_imports(number: str, stack: str, python: Path, log: Path) -> None:
 
 
 def run_logged(command: Sequence[str], log: Path) -> str | None:
-    """Run with all output into the log, a sign of life every `HEARTBEAT_S`. Returns None, or the output of a command that failed."""
+    """Run, output into the log, a sign of life every `HEARTBEAT_S`. Returns None, or what a failed command printed."""
     start = time.monotonic()
     with log.open("a") as file:
         file.write(f"$ {shlex.join(command)}\n")

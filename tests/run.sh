@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing and runs the tests: bash tests/run.sh [--all] [--venv DIR] [pytest arguments]
-# Without --all it leaves out tests/gpu, which needs an NVIDIA GPU; with --all it runs everything and refuses without one.
+# Without --all it leaves out tests/gpu, which needs an NVIDIA GPU; with it, it runs everything and refuses without one.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 setup=() markers=()

@@ -1,4 +1,5 @@
-"""Unmodified OpenRLHF training on the CPU, and the weights its engine computes with afterwards. Real Ray, DeepSpeed and vLLM."""
+"""Unmodified OpenRLHF training on the CPU, and the weights its engine computes with afterwards. Real Ray, DeepSpeed and
+vLLM."""
 
 import json
 import os
@@ -22,7 +23,8 @@ PROMPTS = [[2 + (7 * i + j * j) % 500 for j in range(40)] for i in range(8)]
 def build_policy(folder: Path, tied: bool):
     """Save a random 0.2M-parameter Qwen2 with a byte-level tokenizer, and return it.
 
-    Untied, its head equals the embeddings at the start: vLLM must not take that for tying, for training moves them apart.
+    Untied, its head equals the embeddings at the start: vLLM must not take that for tying, for training moves them
+    apart.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -81,7 +83,8 @@ def grpo_run(tmp_path_factory):
     """.split()
     marker = f"OPENRLHF_SD_TEST={uuid.uuid4()}"
     name, _, value = marker.partition("=")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0", name: value}
+    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {**os.environ, **offline, name: value}
     result = subprocess.run(
         [sys.executable, "-m", "openrlhf_sd.launch", *flags],
         env=environment,
@@ -181,7 +184,8 @@ class Trainer:
                 logits = self.model(torch.tensor([prompt + list(tokens)])).logits[0].float()
             expected = logits.log_softmax(-1)[len(prompt) - 1 : -1]
             for position, token in enumerate(tokens):
-                errors.append(abs(output.outputs[0].logprobs[position][token].logprob - expected[position, token].item()))
+                returned = output.outputs[0].logprobs[position][token].logprob
+                errors.append(abs(returned - expected[position, token].item()))
         return sum(errors) / len(errors)
 
 
@@ -260,7 +264,8 @@ def test_engine_kwargs_are_sized_for_shared_memory_and_keep_other_extensions():
     assert cpu_engine_kwargs(adapted, 1 << 30, 1024) == adapted
     # 1 GiB x 0.25 x 0.5 = 128 MiB is all there is
     assert cpu_engine_kwargs(upstream, 1 << 30, 1024)["kv_cache_memory_bytes"] == 128 << 20
-    assert cpu_engine_kwargs({**upstream, "worker_extension_cls": "a.b.C"}, 1 << 30, 1024)["worker_extension_cls"] == "a.b.C"
+    other = {**upstream, "worker_extension_cls": "a.b.C"}
+    assert cpu_engine_kwargs(other, 1 << 30, 1024)["worker_extension_cls"] == "a.b.C"
 
 
 def test_platform_patches_do_nothing_until_their_module_is_imported():

@@ -45,7 +45,10 @@ def forbid_training(monkeypatch):
 SPOILED = {
     "missing model folder": ({"--actor.model_name_or_path": "/no/such/model"}, "--actor.model_name_or_path: no folder"),
     "unknown mode": ({"--self-spec": "sometimes"}, "--self-spec: unknown mode"),
-    "gamma out of range": ({"--self-spec": "fixed", "--self-spec.gamma": "99"}, "--self-spec.gamma: 99 is out of range"),
+    "gamma out of range": (
+        {"--self-spec": "fixed", "--self-spec.gamma": "99"},
+        "--self-spec.gamma: 99 is out of range",
+    ),
     "abbreviated flag": ({"--self-spec": "fixed", "--self-spec.gam": "3"}, "--self-spec.gam: no such flag"),
     "group size that does not divide": (
         # 96 input channels are no multiple of 64
@@ -65,7 +68,10 @@ SPOILED = {
 }
 
 SPOILED_ON_CPU = {
-    "flash attention": ({"--ds.attn_implementation": "flash_attention_2"}, "--ds.attn_implementation: flash_attention_2 needs"),
+    "flash attention": (
+        {"--ds.attn_implementation": "flash_attention_2"},
+        "--ds.attn_implementation: flash_attention_2 needs",
+    ),
     "packing": ({"--ds.packing_samples": None}, "--ds.packing_samples: packs samples"),
     "dynamic batch": ({"--train.dynamic_batch_enable": None}, "--train.dynamic_batch_enable: packs samples"),
     "sync with ray": ({"--vllm.sync_with_ray": None}, "--vllm.sync_with_ray:"),
@@ -82,7 +88,9 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(good_flags, forbid_training,
 
 
 @pytest.mark.parametrize("spoil, message", SPOILED_ON_CPU.values(), ids=SPOILED_ON_CPU.keys())
-def test_flags_that_need_a_gpu_are_refused_without_one(good_flags, forbid_training, monkeypatch, capsys, spoil, message):
+def test_flags_that_need_a_gpu_are_refused_without_one(
+    good_flags, forbid_training, monkeypatch, capsys, spoil, message
+):
     monkeypatch.setattr(launch.platform, "is_needed", lambda: True)
     assert launch.main(as_argv({**good_flags, **spoil})) == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -110,7 +118,8 @@ def test_a_failed_run_is_recorded_as_failed_and_its_secrets_are_not(good_flags, 
 
     monkeypatch.setattr(launch, "train", train)
     run_dir = tmp_path / "run"
-    argv = as_argv({**good_flags, "--self-spec": "toggle", "--self-spec.run_dir": str(run_dir), "--logger.wandb.key": "s3cret"})
+    ours = {"--self-spec": "toggle", "--self-spec.run_dir": str(run_dir)}
+    argv = as_argv({**good_flags, **ours, "--logger.wandb.key": "s3cret"})
     with pytest.raises(RuntimeError, match="boom"):
         launch.main(argv)
     config = json.loads((run_dir / "config.json").read_text())

@@ -121,12 +121,12 @@ def test_progress_says_what_pip_is_busy_with(output: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("output", "said"),
     [
-        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n", "the disk is full"),
-        ("WARNING: Retrying after connection broken by 'NewConnectionError(...)'\nERROR: No matching distribution\n", "no network"),
+        ("ERROR: Could not install packages: [Errno 28] No space left on device\n", "the disk is full"),
+        ("WARNING: Retrying after 'NewConnectionError(...)'\nERROR: No matching distribution\n", "no network"),
         ("The virtual environment was not created successfully because ensurepip is not available.\n", "venv module"),
         ("OSError: CUDA_HOME environment variable is not set.\n", "no nvcc"),
         (
-            "WARNING: Location 'x' is ignored: it is neither a file nor a directory.\nERROR: No matching distribution found for a\n",
+            "ERROR: No matching distribution found for a\nWARNING: Location 'x' is ignored: no such file.\n",
             "ERROR: No matching distribution found for a",
         ),
     ],
@@ -199,7 +199,8 @@ def test_cpu_requirements_cover_what_the_wheels_installed_without_dependencies_d
             if name in CUDA_ONLY or (declared.marker and not declared.marker.evaluate({"extra": ""})):
                 continue
             (version,) = (specifier.version for specifier in pinned[name].specifier)
-            assert declared.specifier.contains(version) or f"=={version}+cpu" == str(declared.specifier), f"{wheel}: {declared}"
+            satisfied = declared.specifier.contains(version) or f"=={version}+cpu" == str(declared.specifier)
+            assert satisfied, f"{wheel}: {declared}"
             assert declared.extras <= pinned[name].extras, f"{wheel}: {declared}"
     assert not CUDA_ONLY & pinned.keys()
 
@@ -226,5 +227,6 @@ def test_no_file_names_a_package_index_or_a_place_on_one_machine() -> None:
 
 def test_setup_imports_nothing_that_it_has_yet_to_install() -> None:
     program = "import sys, openrlhf_sd.setup_stack; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    modules = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    command = [sys.executable, "-S", "-c", program]
+    modules = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert set(modules.stdout.split()) - set(sys.stdlib_module_names) == {"openrlhf_sd", "__main__"}

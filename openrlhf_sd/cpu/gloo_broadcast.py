@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 class GlooBroadcastGroup:
     """The one method of vLLM's `PyNcclCommunicator` that OpenRLHF calls, over a gloo process group of its own.
 
-    vLLM's CPU worker is a plain subprocess, not a Ray actor, so `ray.util.collective` does not reach it; a stateless group does.
+    vLLM's CPU worker is a plain subprocess, not a Ray actor, so `ray.util.collective` does not reach it; a stateless
+    group does.
     Blocks in the constructor until all `world_size` ranks have joined.
     """
 
@@ -23,7 +24,8 @@ class GlooBroadcastGroup:
         )
 
     def broadcast(self, tensor: "torch.Tensor", src: int, stream: object = None) -> None:
-        """Send `tensor` (contiguous, on the CPU) from rank `src` of the group, or receive into it. `stream` means nothing here."""
+        """Send `tensor` (contiguous, on the CPU) from rank `src` of the group, or receive into it. `stream` means
+        nothing here."""
         import torch.distributed as dist
 
         # torch.distributed.broadcast() wants a rank of the default group; this group has no place in it.

@@ -1,7 +1,7 @@
 """Run a patch when a module is imported, not before.
 
-Ray starts more worker processes than a run uses, and OpenRLHF, vLLM and DeepSpeed take seconds to import. Patching eagerly would
-make every process pay for all of them, so each patch waits for its own module.
+Ray starts more worker processes than a run uses, and OpenRLHF, vLLM and DeepSpeed take seconds to import. Patching
+eagerly would make every process pay for all of them, so each patch waits for its own module.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from contextlib import AbstractContextManager
 from types import ModuleType
 
 ModulePatch = Callable[[ModuleType], AbstractContextManager[None]]
-"""A context manager around the module's own import: what it does before `yield` runs first, what comes after sees the module."""
+"""A context manager around the module's own import: what it does before `yield` runs first, what comes after sees the
+module."""
 
 
 class _PatchingFinder:
-    """A `sys.meta_path` finder that leaves the finding to the others and wraps the loading of the modules it has patches for."""
+    """A `sys.meta_path` finder that leaves the finding to the others and wraps the loading of the modules it has
+    patches for."""
 
     def __init__(self) -> None:
         self.patches: dict[str, ModulePatch] = {}

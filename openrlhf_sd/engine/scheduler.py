@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -14,12 +15,17 @@ from openrlhf_sd.policy.controller import RolloutAcceptance, StepObservation, ma
 ROLLOUT_ARG = "self_spec_rollout"
 """Key in `SamplingParams.extra_args`: which rollout (number of finished weight broadcasts) a request belongs to."""
 
+_PlatformScheduler = Scheduler if current_platform.is_cpu() else AsyncScheduler
+"""What vLLM itself would use: a plain `Scheduler` on CUDA would lose asynchronous scheduling and rig every comparison."""
 
-class _SelfSpecScheduling:
-    """Mixed into the scheduler class the platform would have used: CUDA schedules asynchronously, CPU does not."""
+
+class SelfSpecScheduler(_PlatformScheduler):
+    """Raises RuntimeError where vLLM runs the other kind of scheduling than the platform's own."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        if self.scheduler_config.async_scheduling != isinstance(self, AsyncScheduler):
+            raise RuntimeError("self-speculation: leave vLLM's async_scheduling at the platform's default")
         self.controller = make_controller(SelfSpecConfig.from_dict(self.vllm_config.additional_config["self_spec"]))
         # Upstream looks gamma up by batch size, in a list; ours holds the one answer at every index.
         num_entries = self.scheduler_config.max_num_seqs + 1
@@ -69,11 +75,3 @@ class _SelfSpecScheduling:
         return super().make_spec_decoding_stats(
             spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
         )
-
-
-class SelfSpecScheduler(_SelfSpecScheduling, Scheduler):
-    pass
-
-
-class SelfSpecAsyncScheduler(_SelfSpecScheduling, AsyncScheduler):
-    pass

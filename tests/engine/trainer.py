@@ -9,13 +9,13 @@ import torch
 from transformers import PreTrainedModel
 from vllm import LLM
 
-from openrlhf_sd.cpu.gloo_broadcast import GlooBroadcastGroup
-
 
 class Trainer:
     """Rank 0 of a broadcast group with one engine."""
 
     def __init__(self, llm: LLM) -> None:
+        from openrlhf_sd.cpu.gloo_broadcast import GlooBroadcastGroup
+
         self._llm = llm
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))

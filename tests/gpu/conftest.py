@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
+# The helpers of the CPU engine tests serve here too.
+sys.path.insert(0, str(HERE.parent / "engine"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest's own selection by marker
