@@ -5,7 +5,7 @@
     openrlhf-sd compare RUN_DIR RUN_DIR ...   what runs have recorded, side by side
     openrlhf-sd --help
 
-OpenRLHF's flags are those of `python -m openrlhf.cli.train_ppo_ray`; `python -m openrlhf_sd.launch` is this program too.
+OpenRLHF's flags are those of `python -m openrlhf.cli.train_ppo_ray`. `python -m openrlhf_sd.launch` is the same.
 Exit codes: 0 finished, 2 bad input, 130 interrupted, 1 anything else, with a traceback.
 """
 
@@ -84,8 +84,7 @@ def train(
     upstream: argparse.Namespace,
     on_cpu: bool,
 ) -> None:
-    """Run OpenRLHF's own main program in this process. Returns when training has ended; leaves no process behind either
-    way."""
+    """Run OpenRLHF's own main program in this process until training has ended. Leaves no process behind either way."""
     if on_cpu:
         platform.install()
 
@@ -98,6 +97,7 @@ def train(
         openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(config, run_dir)
 
     adopt_orphans()
+    signal.signal(signal.SIGTERM, _interrupt)
     with ExitStack() as at_end:
         start_ray = ray.init
         if on_cpu:
