@@ -62,6 +62,12 @@ def run(argv: Sequence[str]) -> int:
     if on_cpu:
         preflight.check_cpu(upstream)
     flags.check_upstream(upstream)
+    if config is not None:
+        from openrlhf_sd.engine.args import resolve
+
+        # The scheme and group size that will run go into config.json, not the question.
+        settings = vars(upstream)
+        config = resolve(config, settings["actor.model_name_or_path"], settings["vllm.tensor_parallel_size"])
 
     if run_dir is None:
         train(config, None, upstream_argv, upstream, on_cpu)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
+from openrlhf_sd.model_support import check_model
 
 RUN_CONFIG = "config.json"
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
@@ -26,8 +27,10 @@ def check(config: SelfSpecConfig | None, run_dir: str | None, upstream: argparse
     if config is not None:
         _check_self_spec(flags)
     model_config = _read_model_config(flags["actor.model_name_or_path"])
-    if config is not None and config.group_size is not None and model_config is not None:
-        _check_group_size(config.group_size, model_config, flags["vllm.tensor_parallel_size"])
+    if config is not None and model_config is not None:
+        check_model(model_config, "--actor.model_name_or_path")
+        if config.group_size is not None:
+            _check_group_size(config.group_size, model_config, flags["vllm.tensor_parallel_size"])
     _check_inputs(flags)
     if run_dir is not None:
         _check_run_dir(Path(run_dir))

@@ -8,7 +8,13 @@ import pytest
 
 from openrlhf_sd import launch
 
-TINY_CONFIG = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 2, "model_type": "qwen2"}
+TINY_CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.fixture
@@ -141,3 +147,19 @@ def test_bad_input_loads_neither_torch_nor_ray():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "not MixtralForCausalLM"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized already"),
+    ],
+)
+def test_a_model_that_cannot_draft_for_itself_is_refused(good_flags, forbid_training, capsys, change, message):
+    model = good_flags["--actor.model_name_or_path"]
+    with open(f"{model}/config.json", "w") as file:
+        json.dump({**TINY_CONFIG, **change}, file)
+    assert launch.main(as_argv({**good_flags, "--self-spec": "fixed"})) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("openrlhf-sd: error: --actor.model_name_or_path: ") and message in line

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
 from openrlhf_sd.engine.quantize import check_group_size, default_group_size, linear_input_widths
+from openrlhf_sd.model_support import check_model
 
 DEFAULT_QUANT = {"cpu": "w8a8", "cuda": "w4"}
 """By measurement: README, section "Speed on a CPU". CUDA: the paper's scheme; not measured by us yet."""
@@ -27,6 +28,7 @@ def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -
         hf_config = AutoConfig.from_pretrained(model, trust_remote_code=True)
     except (OSError, ValueError) as error:
         raise SelfSpecError(f"model: {model!r} holds no readable config.json ({str(error).splitlines()[0]})") from error
+    check_model(hf_config.to_dict(), "model")
     quant = config.quant or DEFAULT_QUANT["cpu" if current_platform.is_cpu() else "cuda"]
     group_size = config.group_size
     if quant == "w4":
