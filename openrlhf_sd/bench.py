@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from openrlhf_sd.provenance import describe_machine
 
-    console = Console()
+    # Piped into a file, rich would fold the table to 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     results: dict[str, Any] = {"machine": describe_machine(), "settings": vars(args) | {"out": str(args.out)}, "models": []}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:

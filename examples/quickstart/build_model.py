@@ -26,7 +26,11 @@ def build_tokenizer() -> Qwen2Tokenizer:
     what it finds.
     """
     byte_level = {" ": "Ġ", "\n": "Ċ"}  # how byte-level BPE spells the two characters that are not printable
-    words = ["".join(byte_level.get(c, c) for c in word) for word in task.WORDS]
+
+    def spell(text: str) -> str:
+        return "".join(byte_level.get(c, c) for c in text)
+
+    words = [spell(word) for word in task.WORDS]
     letters = sorted(set("".join(words)))
     # A word grows from its left end: w o, wo r, wor k. So its beginnings are tokens too, although the task uses none.
     beginnings = [(word[:i], word[i]) for word in words for i in range(1, len(word))]

@@ -47,7 +47,9 @@ def engine_args(config: SelfSpecConfig, model: str | Path, tensor_parallel_size:
     """
     resolved = resolve(config, str(model), tensor_parallel_size)
     gamma_max = resolved.gamma_max
+    executor = {"distributed_executor_backend": "openrlhf_sd.engine.cpu_executor.SelfSpecExecutor"}
     return {
+        **(executor if current_platform.is_cpu() else {}),
         "worker_cls": "openrlhf_sd.engine.worker.SelfSpecWorker",
         "worker_extension_cls": "openrlhf_sd.engine.weight_sync.SelfSpecWorkerWrap",
         "scheduler_cls": "openrlhf_sd.engine.scheduler.SelfSpecScheduler",

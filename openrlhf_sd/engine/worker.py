@@ -33,6 +33,9 @@ class _SelfSpecWorking:
         # needs no such margin: positions past the end get a padding slot and the scheduler trims the drafts.
         runner.effective_drafter_max_model_len = runner.max_model_len + config.gamma_max + 1
 
+        if not runner.use_async_scheduling:
+            runner.propose_draft_token_ids = _skipping_gamma_0(runner.propose_draft_token_ids, runner.device)
+
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
         self._self_spec_policy_is_whole = True
@@ -81,6 +84,18 @@ class _SelfSpecWorking:
                 "policy; send the last parameter with update_weight(..., empty_cache=True) before generating"
             )
         return super().execute_model(scheduler_output)
+
+
+def _skipping_gamma_0(propose_draft_token_ids, device: torch.device):
+    """With gamma 0 upstream still prepares the drafter's inputs, request by request in Python: a tenth of a small model's step.
+    Synchronous scheduling needs nothing of it (asynchronous scheduling reads the counts of accepted tokens it leaves behind)."""
+
+    def propose(scheduler_output: SchedulerOutput, *args, **kwargs):
+        if scheduler_output.num_spec_tokens_to_schedule == 0:
+            return torch.empty(len(scheduler_output.num_scheduled_tokens), 0, dtype=torch.int64, device=device)
+        return propose_draft_token_ids(scheduler_output, *args, **kwargs)
+
+    return propose
 
 
 if current_platform.is_cpu():
