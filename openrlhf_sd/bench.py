@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result = {"model": name, "quant": quant} | measure(model, quant, args, console)
                 results["models"].append(result)
                 console.print(table(result))
+                if args.out is not None:  # after every table: an interrupted bench keeps what it measured
+                    args.out.mkdir(parents=True, exist_ok=True)
+                    (args.out / "bench.json").write_text(json.dumps(results, indent=1))
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "bench.json").write_text(json.dumps(results, indent=1))
         console.print(f"every round is in {args.out / 'bench.json'}")
     return 0
 
