@@ -12,7 +12,7 @@ import torch
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from openrlhf_sd.engine.quantize import checkpoint_tensors, is_decoder_weight
+from openrlhf_sd.engine.quantize import Tensors, checkpoint_tensors, is_decoder_weight
 
 
 class DrafterWeights:
@@ -32,6 +32,8 @@ class DrafterWeights:
         self._quant = quant
         self._group_size = group_size
         self._is_open = False
+        self._pending: Tensors = []
+        self._pending_layer: str | None = None
         self.num_policy_params = 0
         self.num_params_quantized = 0
         self.requantize_s: float | None = None
@@ -54,7 +56,14 @@ class DrafterWeights:
             self._is_open = True
             self._spent_s = 0.0
             self.num_params_quantized = 0
-        self._model.load_weights(checkpoint_tensors(name, weight, self._quant, self._group_size))
+        layer = name.split(".")[2]  # model.layers.N.*
+        if layer != self._pending_layer:
+            self._load_pending()
+            self._pending_layer = layer
+        # What passes unquantized (norms, biases) is kept until its layer is complete, but a tensor that came by CUDA IPC is the
+        # trainer's memory, valid during this call only.
+        for tensor_name, tensor in checkpoint_tensors(name, weight, self._quant, self._group_size):
+            self._pending.append((tensor_name, tensor.clone() if tensor is weight else tensor))
         self.num_params_quantized += 1
         self._spent_s += time.perf_counter() - started
 
@@ -66,6 +75,7 @@ class DrafterWeights:
             RuntimeError: the sync did not deliver every decoder parameter.
         """
         started = time.perf_counter()
+        self._load_pending()
         if self._is_open:
             finalize_layerwise_reload(self._layers, self._model_config)
         self._is_open = False
@@ -77,3 +87,10 @@ class DrafterWeights:
                 "empty_cache=True"
             )
         self.num_policy_params = self.num_params_quantized
+
+    def _load_pending(self) -> None:
+        """Hand a whole decoder layer to vLLM's loader: each call of it walks the module tree, which a call per tensor makes a fifth of
+        the time."""
+        if self._pending:
+            self._model.load_weights(self._pending)
+        self._pending = []

@@ -9,7 +9,7 @@ from openrlhf_sd import SelfSpecConfig
 
 
 @pytest.mark.parametrize("quant", ["w4", "w8a8"])
-def test_quantized_drafters_are_accepted_above_080(warm_policy, quant):
+def test_quantized_drafters_are_accepted_above_080(measured, warm_policy, quant):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(warm_policy)
@@ -21,5 +21,5 @@ def test_quantized_drafters_are_accepted_above_080(warm_policy, quant):
         acceptance = AcceptanceSince(llm)
         llm.generate(prompts, params, use_tqdm=False)
         rate = acceptance.rate()
-    print(f"{quant}: acceptance rate {rate:.3f} at temperature 1, gamma 3")
+    measured(f"{quant}: acceptance rate {rate:.3f} at temperature 1, gamma 3")
     assert rate > 0.80

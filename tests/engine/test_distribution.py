@@ -59,7 +59,7 @@ NUM_TESTS = 2 * len(SETTINGS) * len(STATISTICS)
 
 
 @pytest.mark.parametrize(("quant", "scheduler"), [("w4", "fixed"), ("w8a8", "random")])
-def test_same_distribution_as_plain_vllm(plain, small_vocab_policy, quant, scheduler):
+def test_same_distribution_as_plain_vllm(measured, plain, small_vocab_policy, quant, scheduler):
     overrides = {"scheduler_cls": random_gamma.QUALNAME} if scheduler == "random" else {}
     config = SelfSpecConfig(mode="fixed", gamma=3, quant=quant)
     with self_spec_engine(small_vocab_policy, config, seed=2, **overrides) as llm:
@@ -67,14 +67,14 @@ def test_same_distribution_as_plain_vllm(plain, small_vocab_policy, quant, sched
             acceptance = AcceptanceSince(llm)
             results = p_values(plain[name], responses(llm, *setting))
             shown = ", ".join(f"{statistic} p={p:.3f}" for statistic, p in results.items())
-            print(f"{quant}, {scheduler} gamma, {name}, acceptance {acceptance.rate():.2f}: {shown}")
+            measured(f"{quant}, {scheduler} gamma, {name}, acceptance {acceptance.rate():.2f}: {shown}")
             assert min(results.values()) > ALPHA / NUM_TESTS
 
 
-def test_rejects_a_biased_sampler(plain, small_vocab_policy):
+def test_rejects_a_biased_sampler(measured, plain, small_vocab_policy):
     """The same engine, accepting each draft with twice the probability it should."""
     config = SelfSpecConfig(mode="fixed", gamma=3, quant="w4")
     with self_spec_engine(small_vocab_policy, config, seed=3, worker_cls="unrepaired.BiasedSampler") as llm:
         results = p_values(plain["temperature 1"], responses(llm, 1.0, 1.0))
-    print(f"biased sampler: smallest p {min(results.values()):.1e}")
+    measured(f"biased sampler: smallest p {min(results.values()):.1e}")
     assert min(results.values()) < ALPHA / NUM_TESTS

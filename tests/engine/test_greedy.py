@@ -34,24 +34,24 @@ def excused_divergences(reference, tokens) -> int:
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 7])
-def test_fixed_gamma(plain, warm_policy, gamma):
+def test_fixed_gamma(measured, plain, warm_policy, gamma):
     prompts, reference = plain
     with self_spec_engine(warm_policy, SelfSpecConfig(mode="fixed", gamma=gamma, quant="w4")) as llm:
         outputs = generate(llm, prompts, greedy(NUM_TOKENS))
         counts = spec_decode_counts(llm)
     assert counts["num_drafts"] > 0
     divergences = sum(excused_divergences(want, got) for want, got in zip(reference, outputs, strict=True))
-    print(f"gamma {gamma}: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie (gap < {BF16_GAP})")
+    measured(f"gamma {gamma}: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie (gap < {BF16_GAP})")
 
 
 @pytest.mark.parametrize("quant", ["w4", "w8a8"])
-def test_gamma_changing_at_every_step(plain, warm_policy, quant):
+def test_gamma_changing_at_every_step(measured, plain, warm_policy, quant):
     prompts, reference = plain
     config = SelfSpecConfig(mode="fixed", gamma=7, quant=quant)
     with self_spec_engine(warm_policy, config, scheduler_cls=random_gamma.QUALNAME) as llm:
         outputs = generate(llm, prompts, greedy(NUM_TOKENS))
     divergences = sum(excused_divergences(want, got) for want, got in zip(reference, outputs, strict=True))
-    print(f"gamma 0..7 at random, {quant}: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie")
+    measured(f"gamma 0..7 at random, {quant}: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie")
 
 
 def test_up_to_the_end_of_the_context_and_gamma_0(warm_policy):

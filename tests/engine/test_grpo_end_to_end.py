@@ -51,14 +51,20 @@ def runs(warm_policy, tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def test_rollout_and_trainer_agree_no_worse_than_without_speculation(runs):
+def test_rollout_and_trainer_agree_no_worse_than_without_speculation(measured, runs):
     kl = {arm: load_run(run_dir).scalars["train/vllm_kl"] for arm, run_dir in runs.items()}
     values = {arm: list(steps.values()) for arm, steps in kl.items()}
-    print({arm: [f"{value:.1e}" for value in steps] for arm, steps in values.items()})
+    for arm, steps in values.items():
+        measured(f"GRPO, {arm}: vllm_kl per step " + ", ".join(f"{value:.1e}" for value in steps))
     for arm in ("fixed", "adaptive"):
         assert len(values[arm]) == STEPS
         # bf16 noise: same order of magnitude, on 96 different responses
-        assert statistics.mean(values[arm]) < 3 * statistics.mean(values["vanilla"]) + 1e-4
+        assert mean_size(values[arm]) < 3 * mean_size(values["vanilla"]) + 1e-4
+
+
+def mean_size(values: list[float]) -> float:
+    """vllm_kl is an estimate from samples and may come out negative."""
+    return statistics.mean(map(abs, values))
 
 
 def test_every_rollout_has_its_row(runs):

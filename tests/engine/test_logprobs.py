@@ -15,7 +15,7 @@ AS_OPENRLHF = {"logprobs_mode": "processed_logprobs", "max_logprobs": 1}
 
 
 @pytest.mark.parametrize("quant", ["w4"])
-def test_processed_logprobs_are_those_of_a_forward_pass(untied_policy, quant):
+def test_processed_logprobs_are_those_of_a_forward_pass(measured, untied_policy, quant):
     prompts = token_prompts(48, 512)
     model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
     temperatures = (1.0, 0.6)
@@ -24,7 +24,7 @@ def test_processed_logprobs_are_those_of_a_forward_pass(untied_policy, quant):
     config = SelfSpecConfig(mode="fixed", gamma=4, quant=quant)
     with self_spec_engine(untied_policy, config, scheduler_cls=random_gamma.QUALNAME, **AS_OPENRLHF) as llm:
         speculating = [_mean_error(llm, model, prompts, temperature) for temperature in temperatures]
-    print(f"mean |logprob error| at temperatures {temperatures}: plain {plain}, speculating {speculating}")
+    measured(f"mean |logprob error| at temperatures {temperatures}: plain {plain}, speculating {speculating}")
     for ours, theirs in zip(speculating, plain, strict=True):
         assert ours < 0.02
         assert ours < theirs * 1.25 + 0.001

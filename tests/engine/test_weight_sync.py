@@ -16,7 +16,7 @@ PARAMS = sampled(32, logprobs=0)
 
 
 @pytest.mark.parametrize(("tied", "quant"), [(True, "w4"), (False, "w8a8")])
-def test_two_broadcasts(tied, quant, tied_policy, untied_policy):
+def test_two_broadcasts(measured, tied, quant, tied_policy, untied_policy):
     policy = tied_policy if tied else untied_policy
     trainer_model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16)
     with self_spec_engine(policy, SelfSpecConfig(mode="fixed", gamma=3, quant=quant)) as llm:
@@ -29,7 +29,7 @@ def test_two_broadcasts(tied, quant, tied_policy, untied_policy):
             acceptance = AcceptanceSince(llm)
             after = logprob_errors(trainer_model, llm.generate(PROMPTS, PARAMS, use_tqdm=False)).mean().item()
             rate = acceptance.rate()
-            print(f"{quant}, tied={tied}, sync {sync}: mean |logprob error| {at_start:.4f} -> {after:.4f}, acceptance {rate:.3f}")
+            measured(f"{quant}, tied={tied}, sync {sync}: mean |logprob error| {at_start:.4f} -> {after:.4f}, acceptance {rate:.3f}")
             assert after < 0.02
             assert after < at_start * 1.25 + 0.001, "no larger than before the sync, up to sampling noise"
             assert rate > 0.5

@@ -39,7 +39,7 @@ def test_identical_drafter_is_accepted_with_the_kv_cache_of_plain_vllm(policy, e
 
 @EAGER
 @pytest.mark.parametrize("quant", ["w4", "w8a8"])
-def test_greedy_is_plain_vllm_while_gamma_changes(policy, quant, enforce_eager):
+def test_greedy_is_plain_vllm_while_gamma_changes(measured, policy, quant, enforce_eager):
     import random_gamma
 
     prompts = token_prompts(64, 512)
@@ -56,7 +56,7 @@ def test_greedy_is_plain_vllm_while_gamma_changes(policy, quant, enforce_eager):
                 assert best - second < BF16_GAP
                 num_excused += 1
                 break
-    print(f"{quant}: {num_excused} of 64 prompts diverge, each at a near tie")
+    measured(f"{quant}: {num_excused} of 64 prompts diverge, each at a near tie")
 
 
 @EAGER
