@@ -163,8 +163,9 @@ def reading_notes(comparison: Comparison) -> list[str]:
         "run minus the baseline, means over the last half of the common steps.",
         "Two runs may write answers of different length: read wall times next to the time per generated token.",
         "The intervals cover the spread between steps of these runs, taken as independent, which they are not quite; "
-        'they say nothing about how another seed or another day would turn out. "No difference detected" means only '
-        "that: at this number of steps none could be told from noise.",
+        "they say nothing about how another seed or another day would turn out, and runs made one after the other are "
+        "compared together with whatever the machine did meanwhile: a speed is shown only by runs repeated in turns. "
+        '"No difference detected" means only that: at this number of steps none could be told from noise.',
     ]
 
 
