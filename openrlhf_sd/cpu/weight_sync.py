@@ -8,10 +8,7 @@ and packs them again.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
@@ -25,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
 from openrlhf_sd.cpu.gloo_broadcast import GlooBroadcastGroup
+from openrlhf_sd.reload_warnings import not_missing, without_parameters
 
 BUSY_WAIT_S = 0.02
 """Longer than the pauses between the steps of a rollout, or between two parameters of a broadcast."""
@@ -86,11 +84,12 @@ class CpuWorkerWrap(WorkerWrap):
         """Before the first parameter of a broadcast."""
         model = self.model_runner.get_model()
         self._sync_tied_heads = _tied_lm_heads(model)
+        self._sync_never_sent = [*self._sync_tied_heads, *without_parameters(model)]
         initialize_layerwise_reload(model)
 
     def _sync_finish(self) -> None:
         """After the last parameter: from here on the engine computes with the new weights only."""
-        with set_current_vllm_config(self.vllm_config), _tied_heads_are_not_missing(self._sync_tied_heads):
+        with set_current_vllm_config(self.vllm_config), not_missing(self._sync_never_sent):
             finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
         for head in self._sync_tied_heads:
             # Its weight is the embedding's and has just been loaded, but no parameter of the head's own name came, so
@@ -119,20 +118,3 @@ def _tied_lm_heads(model: torch.nn.Module) -> list[ParallelLMHead]:
         and isinstance(head.quant_method, UnquantizedEmbeddingMethod)
         and any(layer is not head and layer.weight is head.weight for layer in layers)
     ]
-
-
-@contextmanager
-def _tied_heads_are_not_missing(tied_heads: list[ParallelLMHead]) -> Iterator[None]:
-    """Drop vLLM's warning, once per broadcast, that a tied head "failed to load weights"; keep it for every other
-    layer."""
-    expected = {f"{type(head).__name__}: Failed to load weights" for head in tied_heads}
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return record.getMessage() not in expected
-
-    logger = logging.getLogger(finalize_layerwise_reload.__module__)
-    logger.addFilter(is_news)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_news)

@@ -13,6 +13,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from openrlhf_sd.engine.quantize import Tensors, checkpoint_tensors, is_decoder_weight
+from openrlhf_sd.reload_warnings import not_missing, without_parameters
 
 
 class DrafterWeights:
@@ -28,6 +29,7 @@ class DrafterWeights:
         self._model = draft_model
         # Only the decoder layers are reloaded: the shared modules hang in the same tree, but belong to the policy's own reload.
         self._layers = draft_model.model.layers
+        self._never_sent = without_parameters(self._layers)
         self._model_config = model_config
         self._quant = quant
         self._group_size = group_size
@@ -77,7 +79,8 @@ class DrafterWeights:
         started = time.perf_counter()
         self._load_pending()
         if self._is_open:
-            finalize_layerwise_reload(self._layers, self._model_config)
+            with not_missing(self._never_sent):
+                finalize_layerwise_reload(self._layers, self._model_config)
         self._is_open = False
         self.requantize_s = self._spent_s + time.perf_counter() - started
         if self.num_policy_params and self.num_params_quantized != self.num_policy_params:
