@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from openrlhf_sd.provenance import SECRET_FLAGS
 from openrlhf_sd.run_records import ROLLOUT_S, RunRecords
 
 UNCOMPARED_FLAGS = ("ckpt.path", "ckpt.output_dir", "logger.tensorboard_dir")
 UNCOMPARED_PREFIXES = ("self_spec.", "self-spec.", "logger.wandb.")
 """Flags that may differ without making two runs different experiments: where things go and what they are called."""
-
-SECRET_FLAGS = ("logger.wandb.key",)
 
 
 def differences(run: RunRecords, base: RunRecords, label: str, base_label: str) -> list[str]:

@@ -36,8 +36,8 @@ class DrafterWeights:
         self._is_open = False
         self._pending: Tensors = []
         self._pending_layer: str | None = None
-        self.num_policy_params = 0
-        self.num_params_quantized = 0
+        self._num_policy_params = 0
+        self._num_delivered = 0
         self.requantize_s: float | None = None
         """Seconds spent on the last whole re-quantization, without waiting for tensors to arrive."""
         self._spent_s = 0.0
@@ -57,7 +57,6 @@ class DrafterWeights:
             initialize_layerwise_reload(self._layers)
             self._is_open = True
             self._spent_s = 0.0
-            self.num_params_quantized = 0
         layer = name.split(".")[2]  # model.layers.N.*
         if layer != self._pending_layer:
             self._load_pending()
@@ -66,7 +65,7 @@ class DrafterWeights:
         # trainer's memory, valid during this call only.
         for tensor_name, tensor in checkpoint_tensors(name, weight, self._quant, self._group_size):
             self._pending.append((tensor_name, tensor.clone() if tensor is weight else tensor))
-        self.num_params_quantized += 1
+        self._num_delivered += 1
         self._spent_s += time.perf_counter() - started
 
     @torch.no_grad()
@@ -83,13 +82,15 @@ class DrafterWeights:
                 finalize_layerwise_reload(self._layers, self._model_config)
         self._is_open = False
         self.requantize_s = self._spent_s + time.perf_counter() - started
-        if self.num_policy_params and self.num_params_quantized != self.num_policy_params:
+        # Counted per sync: one that delivers nothing under these names must not pass for the one before it.
+        num_delivered, self._num_delivered = self._num_delivered, 0
+        if self._num_policy_params and num_delivered != self._num_policy_params:
             raise RuntimeError(
-                f"self-speculation: the weight sync delivered {self.num_params_quantized} of {self.num_policy_params} decoder "
+                f"self-speculation: the weight sync delivered {num_delivered} of {self._num_policy_params} decoder "
                 "parameters, so the drafter would be older than the policy; send every parameter, the last one with "
                 "empty_cache=True"
             )
-        self.num_policy_params = self.num_params_quantized
+        self._num_policy_params = num_delivered
 
     def _load_pending(self) -> None:
         """Hand a whole decoder layer to vLLM's loader: each call of it walks the module tree, which a call per tensor makes a fifth of

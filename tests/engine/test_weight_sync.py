@@ -117,3 +117,15 @@ def test_refuses_to_generate_in_the_middle_of_a_sync(untied_policy):
         trainer.send(name, parameter.data, is_last=False)
         with pytest.raises(EngineDeadError):
             generate(llm, PROMPTS[:1], sampled(4))
+
+
+def test_a_sync_that_leaves_the_drafter_out_is_an_error(untied_policy):
+    """The end mark with the first parameter: the decoder layers never came, so the drafter could only be the old one."""
+    model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
+    with self_spec_engine(untied_policy, SelfSpecConfig(mode="fixed", gamma=2, quant="w4")) as llm:
+        trainer = Trainer(llm)
+        name, parameter = next(iter(model.named_parameters()))
+        with pytest.raises(Exception, match="delivered 0 of 48 decoder parameters"):
+            trainer.send(name, parameter.data, is_last=True)
+        with pytest.raises(EngineDeadError):
+            generate(llm, PROMPTS[:1], sampled(4))
