@@ -11,12 +11,16 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-MODES = ("fixed", "toggle", "adaptive")
+MODES = ("fixed", "toggle", "adaptive", "auto")
 """fixed: always speculate, constant gamma (paper: rtn). toggle: switch on once in a rollout (paper: toggle).
-adaptive: toggle plus a gamma ladder between rollouts (paper: the full method). Vanilla is the absence of a mode."""
+adaptive: toggle plus a gamma ladder between rollouts (paper: the full method). auto: gamma chosen before every step, 0 included.
+Vanilla is the absence of a mode."""
 
-DEFAULT_MODE = "fixed"
-"""What a bare `--self-spec` means. `auto` of the design takes its place once it can be defended with measurements."""
+CALIBRATED_MODES = ("toggle", "adaptive", "auto")
+"""Modes that decide by predicted step times. `auto` can do without a calibration, the paper's two cannot."""
+
+DEFAULT_MODE = "auto"
+"""What a bare `--self-spec` means; README, section "Which mode", has the measurements."""
 
 QUANT_SCHEMES = ("w4", "w8a8", "none")
 """w4: int4 weights, symmetric, one scale per group (W4A16). w8a8: int8 weights per channel, int8 activations per token.
@@ -42,8 +46,12 @@ class SelfSpecConfig:
 
     mode: str = field(default=DEFAULT_MODE, metadata={"help": "When to speculate: " + ", ".join(MODES) + "."})
     gamma: int = field(
-        default=3,
-        metadata={"help": "Draft tokens per cycle; with `adaptive`, the rung to start on. 0 never drafts (for measuring)."},
+        default=5,
+        metadata={"help": "Draft tokens per cycle; with `adaptive`, the rung to start on. `auto` does not look at it."},
+    )
+    gamma_max: int = field(
+        default=11,
+        metadata={"help": "`auto` chooses among 0 and up to this many draft tokens per cycle."},
     )
     quant: str | None = field(
         default=None,
@@ -53,16 +61,23 @@ class SelfSpecConfig:
         default=None,
         metadata={"help": "Input channels per w4 scale; must divide every quantized linear. Default: 128, smaller where it must."},
     )
+    calibration: str = field(
+        default="auto",
+        metadata={
+            "help": "Step times that toggle, adaptive and auto decide by: a file of calib.fit; `auto`: the one shipped for this GPU and "
+            "model, else measured once on this machine and kept; `none` (mode auto only): learn from the rollout alone."
+        },
+    )
+    margin: float = field(
+        default=0.05,
+        metadata={"help": "`toggle` and `adaptive` switch on where the predicted speed-up is at least 1 + this."},
+    )
     ladder: tuple[int, ...] = field(
-        default=(1, 2, 3, 5, 7),
+        default=(5, 7, 9, 11),
         metadata={"help": "Rungs of gamma for `adaptive`, comma-separated, rising."},
     )
-    toggle_batch: int = field(
-        default=32,
-        metadata={"help": "`toggle` and `adaptive` switch on at or below this many decoding requests per engine."},
-    )
     ramp_up: int = field(
-        default=0,
+        default=32,
         metadata={"help": "`toggle` and `adaptive` wait until more than this many requests have decoded at once."},
     )
     raise_at: float = field(default=0.94, metadata={"help": "`adaptive` climbs a rung at or above this acceptance rate."})
@@ -95,14 +110,22 @@ class SelfSpecConfig:
         _require(
             len(rungs) > 0 and list(rungs) == sorted(set(rungs)) and 1 <= rungs[0] and rungs[-1] <= MAX_GAMMA,
             "--self-spec.ladder",
-            f"{','.join(map(str, rungs))} must rise strictly within 1..{MAX_GAMMA}, for example 1,2,3,5,7",
+            f"{','.join(map(str, rungs))} must rise strictly within 1..{MAX_GAMMA}, for example 5,7,9,11",
         )
         _require(
             self.mode != "adaptive" or self.gamma in rungs,
             "--self-spec.gamma",
             f"{self.gamma} is not a rung of --self-spec.ladder {','.join(map(str, rungs))}; start on one of its rungs",
         )
-        _require(self.toggle_batch >= 1, "--self-spec.toggle_batch", f"{self.toggle_batch} must be at least 1")
+        _require(
+            1 <= self.gamma_max <= MAX_GAMMA, "--self-spec.gamma_max", f"{self.gamma_max} is out of range; give 1..{MAX_GAMMA}"
+        )
+        _require(
+            self.calibration != "none" or self.mode not in ("toggle", "adaptive"),
+            "--self-spec.calibration",
+            f"{self.mode} decides by a calibration; give a file or auto, or use --self-spec auto",
+        )
+        _require(0.0 <= self.margin < 1.0, "--self-spec.margin", f"{self.margin} is out of range; give 0 up to 1, for example 0.05")
         _require(self.ramp_up >= 0, "--self-spec.ramp_up", f"{self.ramp_up} must be 0 or more")
         _require(
             0.0 <= self.lower_at < self.raise_at <= 1.0,
@@ -112,8 +135,10 @@ class SelfSpecConfig:
         _require(self.patience >= 1, "--self-spec.patience", f"{self.patience} must be at least 1")
 
     @property
-    def gamma_max(self) -> int:
+    def num_speculative_tokens(self) -> int:
         """The largest gamma this run can draft, at least 1: vLLM sizes its buffers by it."""
+        if self.mode == "auto":
+            return self.gamma_max
         return max(1, self.gamma, *(self.ladder if self.mode == "adaptive" else ()))
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,7 +24,10 @@ from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
         ({"ladder": (5, 3)}, "--self-spec.ladder"),
         ({"ladder": ()}, "--self-spec.ladder"),
         ({"mode": "adaptive", "gamma": 4}, "--self-spec.gamma"),
-        ({"toggle_batch": 0}, "--self-spec.toggle_batch"),
+        ({"gamma_max": 0}, "--self-spec.gamma_max"),
+        ({"gamma_max": 17}, "--self-spec.gamma_max"),
+        ({"margin": -0.1}, "--self-spec.margin"),
+        ({"mode": "toggle", "calibration": "none"}, "--self-spec.calibration"),
         ({"ramp_up": -1}, "--self-spec.ramp_up"),
         ({"raise_at": 0.5, "lower_at": 0.6}, "--self-spec.lower_at"),
         ({"patience": 0}, "--self-spec.patience"),
@@ -47,15 +50,18 @@ def test_unknown_field_is_refused():
         SelfSpecConfig.from_dict({"gama": 3})
 
 
-@pytest.mark.parametrize(("mode", "gamma", "gamma_max"), [("fixed", 3, 3), ("fixed", 0, 1), ("toggle", 5, 5), ("adaptive", 3, 7)])
-def test_gamma_max_covers_every_rung(mode, gamma, gamma_max):
-    assert SelfSpecConfig(mode=mode, gamma=gamma).gamma_max == gamma_max
+@pytest.mark.parametrize(
+    ("mode", "gamma", "num_tokens"), [("fixed", 3, 3), ("fixed", 0, 1), ("toggle", 5, 5), ("adaptive", 5, 11), ("auto", 3, 11)]
+)
+def test_vllm_is_told_the_largest_gamma_of_the_mode(mode, gamma, num_tokens):
+    assert SelfSpecConfig(mode=mode, gamma=gamma).num_speculative_tokens == num_tokens
 
 
 def test_pure_modules_import_nothing_heavy():
     """style.md: config, policy, metrics, report must work without torch, vllm, ray, transformers or openrlhf."""
     code = (
         "import sys, openrlhf_sd, openrlhf_sd.policy.controller, openrlhf_sd.metrics, openrlhf_sd.rollout_record, "
+        "openrlhf_sd.policy.cost_model, openrlhf_sd.step_ledger, openrlhf_sd.calibration, openrlhf_sd.simulator, "
         "openrlhf_sd.report, openrlhf_sd.run_records, openrlhf_sd.flags;"
         "print([m for m in ('torch', 'vllm', 'ray', 'transformers', 'openrlhf') if m in sys.modules])"
     )

@@ -17,8 +17,8 @@ def test_no_flag_of_ours_is_vanilla_and_leaves_the_command_line_alone():
 @pytest.mark.parametrize(
     "argv, mode, rest",
     [
-        (["--self-spec"], "fixed", []),
-        (["--self-spec", "--rollout.top_p", "1"], "fixed", ["--rollout.top_p", "1"]),
+        (["--self-spec"], "auto", []),
+        (["--self-spec", "--rollout.top_p", "1"], "auto", ["--rollout.top_p", "1"]),
         (["--self-spec", "toggle", "--ds.zero_stage", "2"], "toggle", ["--ds.zero_stage", "2"]),
         (["--ds.zero_stage", "2", "--self-spec=adaptive"], "adaptive", ["--ds.zero_stage", "2"]),
     ],

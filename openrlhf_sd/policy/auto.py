@@ -1,0 +1,188 @@
+"""`auto`: before every step, the draft length with the fewest predicted seconds per token, 0 included.
+
+Seconds per cycle come from the calibration, corrected by the steps measured so far (live_costs.py); tokens per cycle from the acceptance
+measured so far, at its lower bound (acceptance.py). Both ways: a batch that grows again turns speculation off again. What is off cannot
+be measured, so a short trial is run now and then where a hopeful view says it might pay, within a fixed share of the time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from openrlhf_sd.policy.acceptance import AcceptanceEstimate
+from openrlhf_sd.policy.learned_costs import LearnedCosts
+from openrlhf_sd.policy.live_costs import LiveCosts
+from openrlhf_sd.policy.observation import MeasuredStep, RolloutAcceptance, StepObservation
+from openrlhf_sd.policy.speedup import StepCosts, acceptance_length
+
+MIN_GAIN = 0.01
+"""A change of gamma must promise this much; less is within the error of the step times and would only flap."""
+
+MIN_STEPS_BETWEEN_CHANGES = 10
+"""The optimum is flat; what looks better by a percent or two may wait for a few more measurements."""
+
+CLEAR_GAIN = 0.08
+"""A change that promises this much does not wait."""
+
+TRIAL_STEPS = 5
+"""Length of a trial: the first step verifies nothing and the last drafts nothing, the three between are measured."""
+
+MIN_STEPS_BETWEEN_TRIALS = 20
+"""From start to start: a quarter of the steps at most, where trials are free because they hardly lose."""
+
+TRIAL_GAIN = 0.03
+"""A trial must promise this much under the hopeful view."""
+
+TRIAL_BUDGET = 0.003
+"""Share of the time that trials may lose, by the cautious view of what they cost."""
+
+FIRST_BUDGET_STEPS = 4.0
+"""Plain steps that a rollout may lose to trials before it has saved up for them."""
+
+DEEPER = 2
+"""A trial from a gamma in use goes this much deeper at most: acceptance there is known by its neighbours only."""
+
+KNOWN_DRAFTS = 64.0
+"""Fading count of drafts that have reached a position, from which on its acceptance needs no trial."""
+
+MOST_OF_THE_GAIN = 0.7
+"""A trial takes the shortest drafts that promise this share of the best gain: they cost least if the hope is in vain."""
+
+RESPECTED_MARGIN = 0.02
+"""Hopeful view of a cost not measured near this batch size: the prediction may be this much too high ..."""
+
+UNCALIBRATED_MARGIN = 0.3
+"""... or this much where nothing was calibrated."""
+
+WEIGHTS_CHANGED = 0.5
+"""What acceptance of the rollout before is worth after the policy's weights have moved by one training step."""
+
+
+class AutoController:
+    """Args:
+    costs: None without a calibration.
+    gamma_max: draft lengths 0..gamma_max are considered.
+    """
+
+    def __init__(self, costs: StepCosts | None, gamma_max: int) -> None:
+        self._gammas = range(gamma_max + 1)
+        self._costs = LearnedCosts() if costs is None else LiveCosts(costs)
+        self._hope = UNCALIBRATED_MARGIN if costs is None else RESPECTED_MARGIN
+        self._acceptance = AcceptanceEstimate(gamma_max)
+        self._gamma = 0
+        self._steps_since_change = MIN_STEPS_BETWEEN_CHANGES
+        self._steps_since_draft = 0
+        self._steps_since_trial = MIN_STEPS_BETWEEN_TRIALS
+        self._trial_steps_left = 0
+        self._budget_steps = FIRST_BUDGET_STEPS
+        self._lengths: tuple[list[float], list[float]] | None = None
+        self._said: set[str] = set()
+        self._news: list[str] = []
+
+    def next_gamma(self, observation: StepObservation) -> int:
+        """Draft tokens per request to propose at the end of the next step."""
+        # Requests about to join count: what pays for the few that decode already may not pay a step later.
+        batch = observation.num_decodes + observation.num_prefills
+        if observation.num_decodes == 0 or not self._costs.can_decide:
+            return 0
+        self._budget_steps += TRIAL_BUDGET
+        self._steps_since_change += 1
+        self._steps_since_trial += 1
+        if self._trial_steps_left > 0:
+            self._trial_steps_left -= 1
+            return self._gamma
+        self._gamma = self._choose(batch, observation.mean_context)
+        return self._gamma
+
+    def _choose(self, batch: int, context: float) -> int:
+        lower, upper = self._expected_lengths()
+        cycle_s = self._costs.cycle_s
+        seconds = [cycle_s(batch, context, gamma) for gamma in self._gammas]
+        per_token_s = [cycle / length for cycle, length in zip(seconds, lower)]
+        best = min(self._gammas, key=per_token_s.__getitem__)
+        gain = per_token_s[self._gamma] / per_token_s[best] - 1
+        if best != self._gamma and gain > MIN_GAIN:
+            if self._steps_since_change > MIN_STEPS_BETWEEN_CHANGES or gain > CLEAR_GAIN:
+                if best == 0:
+                    self._say_off(batch, seconds, lower)
+                self._steps_since_change = 0
+                return best
+        return self._trial(batch, seconds, lower, upper)
+
+    def _trial(self, batch: int, seconds: list[float], lower: list[float], upper: list[float]) -> int:
+        """The gamma to go on with: a longer one for a few steps if a hopeful view promises enough, else the one in use."""
+        current = self._gamma
+        if self._steps_since_trial < MIN_STEPS_BETWEEN_TRIALS or current == self._gammas[-1]:
+            return current
+        if current > 0 and self._acceptance.num_reached(current) >= KNOWN_DRAFTS:
+            return current
+        hope = 1 - self._hope if current == 0 and self._costs.num_measured(batch, is_speculative=True) <= 2 else 1.0
+        per_token_s = seconds[current] / lower[current]
+        longer = self._gammas[current + 1 :] if current == 0 else self._gammas[current + 1 : current + 1 + DEEPER]
+        gains = [per_token_s * upper[gamma] / (seconds[gamma] * hope) - 1 for gamma in longer]
+        best = max(gains)
+        if best < TRIAL_GAIN:
+            return current
+        gamma = next(gamma for gamma, gain in zip(longer, gains) if gain >= MOST_OF_THE_GAIN * best)
+        price = TRIAL_STEPS * max(0.0, seconds[gamma] - lower[gamma] * per_token_s) / seconds[0]
+        if price > self._budget_steps:
+            return current
+        self._budget_steps -= price
+        self._trial_steps_left = TRIAL_STEPS - 1
+        self._steps_since_trial = 0
+        self._steps_since_change = MIN_STEPS_BETWEEN_CHANGES  # what it shows need not wait
+        return gamma
+
+    def _expected_lengths(self) -> tuple[list[float], list[float]]:
+        """Tokens per cycle for every gamma, at the lower and the upper bound of acceptance."""
+        if self._lengths is None:
+            bounds = self._acceptance.lower(), self._acceptance.upper()
+            self._lengths = tuple([acceptance_length(bound, gamma) for gamma in self._gammas] for bound in bounds)
+        return self._lengths
+
+    def observe(self, step: MeasuredStep) -> None:
+        """What the step became. Its time counts if it did nothing but decode."""
+        if step.num_drafts:
+            self._acceptance.observe(step.num_draft_tokens_per_pos, step.num_accepted_tokens_per_pos)
+            self._lengths = None
+            self._steps_since_draft = 0
+        else:
+            self._steps_since_draft += 1
+            if self._steps_since_draft % 64 == 0:  # what was learned long ago is known less well
+                self._acceptance.fade(0.9)
+                self._lengths = None
+        if step.step_s is not None and step.num_prefill_tokens == 0 and step.num_decodes > 0:
+            self._costs.observe(step.num_decodes, step.mean_context, step.gamma_verified, step.gamma_drafted, step.step_s)
+
+    def end_rollout(self, acceptance: RolloutAcceptance) -> None:
+        self._acceptance.fade(WEIGHTS_CHANGED)
+        self._lengths = None
+        self._gamma = 0
+        self._trial_steps_left = 0
+        self._budget_steps = FIRST_BUDGET_STEPS
+        self._said.clear()
+
+    def _say_off(self, batch: int, seconds: list[float], lower: list[float]) -> None:
+        """Once per rollout: the measurements speak against speculating where it was tried."""
+        if "off" in self._said:
+            return
+        self._said.add("off")
+        plain_s, speculative_s = seconds[0], seconds[self._gamma] / lower[self._gamma]
+        self._news.append(
+            f"speculation off at {batch} requests: measured {1e3 * speculative_s / batch:.3f} ms per token with gamma {self._gamma}, "
+            f"{1e3 * plain_s / batch:.3f} without"
+        )
+
+    def take_news(self) -> list[str]:
+        """Lines for the log since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    def state(self) -> dict[str, Any]:
+        return {"acceptance": self._acceptance.state(), "costs": self._costs.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Raises ValueError when the state was saved with another gamma_max."""
+        self._acceptance.restore(state["acceptance"])
+        self._costs.restore(state["costs"])
+        self._lengths = None

@@ -1,0 +1,66 @@
+"""What a controller is told. Raw counts and seconds, frozen; whoever fills them owns the clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StepObservation:
+    """What is known before a step is scheduled."""
+
+    num_decodes: int
+    """Running requests whose prompt is fully computed; prefills do not count."""
+
+    mean_context: float = 0.0
+    """Mean tokens in context over those requests, prompt included; 0 without any."""
+
+    num_prefills: int = 0
+    """Requests waiting or with a prompt partly computed: they will decode soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStep:
+    """What one engine step turned out to be. A step verifies the drafts made in the step before it, then drafts for the next."""
+
+    num_decodes: int
+    mean_context: float
+    step_s: float | None
+    """Wall seconds from the step before to this one; None where that is no step time (engine was idle, first step)."""
+
+    num_prefill_tokens: int
+    """Prompt tokens computed in this step; above 0 its time says nothing about decoding."""
+
+    gamma_verified: int
+    """Draft tokens per request verified in `step_s`, 0 for a plain decode step."""
+
+    gamma_drafted: int
+    """Draft steps run in `step_s`."""
+
+    num_drafts: int = 0
+    """Requests of which drafts were verified."""
+
+    num_draft_tokens_per_pos: tuple[int, ...] = ()
+    """Of those, how many had a draft token at position i (0-based)."""
+
+    num_accepted_tokens_per_pos: tuple[int, ...] = ()
+    """Of those, how many had position i accepted (then all before it were too)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutAcceptance:
+    """Draft counts of one finished training rollout, summed over its verify steps and over all engines of the run."""
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted draft tokens per draft token; None when nothing was drafted."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """1 + accepted / drafts; None without drafts."""
+        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None

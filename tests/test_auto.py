@@ -1,0 +1,168 @@
+"""`auto` on worlds made to mislead it. Seconds against plain decoding of the very same lengths."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from step_world import GpuLike, long_tail, run
+
+from openrlhf_sd.config import SelfSpecConfig
+from openrlhf_sd.policy.auto import AutoController
+from openrlhf_sd.policy.controller import FixedController, make_controller
+from openrlhf_sd.policy.observation import MeasuredStep, RolloutAcceptance, StepObservation
+
+
+def same(world: GpuLike):
+    return lambda step: world
+
+
+def steady(acceptance: float):
+    return lambda step, position: acceptance
+
+
+def plain_s(truth, lengths, **options) -> float:
+    return run(FixedController(0), truth, lengths, steady(0.9), **options).seconds
+
+
+def reduction(controller, truth, lengths, acceptance, **options) -> float:
+    """Share of plain decoding's time that is saved; the second rollout, acceptance being known from the first."""
+    run(controller, truth, lengths, acceptance, seed=7, **options)
+    return 1 - run(controller, truth, lengths, acceptance, **options).seconds / plain_s(truth, lengths, **options)
+
+
+def best_fixed_tail_reduction(truth, lengths, acceptance) -> float:
+    return max(1 - run(FixedController(g), truth, lengths, acceptance).seconds / plain_s(truth, lengths) for g in (1, 3, 5, 8))
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("acceptance", [0.8, 0.9, 0.97])
+def test_it_saves_more_than_any_constant_gamma(calibrated, acceptance):
+    world, lengths = GpuLike(), long_tail(96)
+    controller = AutoController(world if calibrated else None, 11)
+    saved = reduction(controller, same(world), lengths, steady(acceptance))
+    learning = 0.01 if calibrated else 0.02  # without a calibration some of the rollout goes into finding out
+    assert saved > best_fixed_tail_reduction(same(world), lengths, steady(acceptance)) - learning
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("acceptance", [0.0, 0.2, 0.4, 0.6])
+def test_it_is_never_slower_than_plain_by_more_than_half_a_percent(calibrated, acceptance):
+    world, lengths = GpuLike(), long_tail(96)
+    controller = AutoController(world if calibrated else None, 11)
+    assert reduction(controller, same(world), lengths, steady(acceptance), noise=0.0) > -0.005
+
+
+@pytest.mark.parametrize("speculative_scale", [0.5, 1.0, 1.5, 3.0])
+def test_a_calibration_that_is_wrong_about_speculation_is_corrected(speculative_scale):
+    truth, lengths = GpuLike(speculative_scale=speculative_scale), long_tail(96)
+    controller = AutoController(GpuLike(), 11)
+    saved = reduction(controller, same(truth), lengths, steady(0.9), noise=0.0)
+    assert saved > -0.005
+    if speculative_scale <= 1.0:
+        assert saved > best_fixed_tail_reduction(same(truth), lengths, steady(0.9)) - 0.02
+
+
+def test_acceptance_that_collapses_in_mid_rollout_turns_it_off():
+    world = GpuLike()
+    controller = AutoController(world, 11)
+    lengths = [1500] * 4
+    result = run(controller, same(world), lengths, lambda step, position: 0.95 if step < 100 else 0.05)
+    assert min(result.gammas[20:100]) >= 3
+    assert result.gammas[140:].count(0) > 0.95 * len(result.gammas[140:])
+
+
+def test_acceptance_that_recovers_is_noticed():
+    world = GpuLike()
+    controller = AutoController(world, 11)
+    result = run(controller, same(world), [6000] * 4, lambda step, position: 0.05 if step < 1000 else 0.95)
+    assert result.gammas[100:1000].count(0) > 850
+    assert result.gammas[-1] >= 3  # a trial has found it
+
+
+def test_step_times_that_double_for_everyone_do_not_stop_it():
+    slow, fast = GpuLike(scale=2.0), GpuLike()
+    controller = AutoController(fast, 11)
+    result = run(controller, lambda step: slow if step > 150 else fast, [1500] * 4, steady(0.95))
+    assert sum(gamma >= 3 for gamma in result.gammas[250:]) > 0.9 * len(result.gammas[250:])
+
+
+def test_speculation_that_becomes_slow_is_noticed_and_said_once():
+    world, hindered = GpuLike(), GpuLike(speculative_scale=4.0)
+    controller = AutoController(world, 11)
+    result = run(controller, lambda step: hindered if step > 100 else world, [2500] * 4, steady(0.95))
+    assert result.gammas[200:].count(0) > 0.95 * len(result.gammas[200:])
+    controller.take_news()
+    assert controller.take_news() == []
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 32, 64, 128, 256])
+def test_it_does_not_flap(batch):
+    """In the second rollout: in the first it tries out how deep the drafts are accepted."""
+    world = GpuLike()
+    controller = AutoController(world, 11)
+    run(controller, same(world), [600] * batch, steady(0.9), noise=0.05, seed=7)
+    result = run(controller, same(world), [600] * batch, steady(0.9), noise=0.05)
+    assert result.num_changes <= len(result.gammas) / 10
+
+
+def test_a_batch_that_grows_again_turns_it_off():
+    world = GpuLike()
+    controller = AutoController(world, 11)
+    run(controller, same(world), [600] * 4, steady(0.95))
+    assert controller.next_gamma(StepObservation(4, 500.0)) >= 3
+    for _ in range(8):
+        gamma = controller.next_gamma(StepObservation(256, 500.0))
+    assert gamma == 0
+
+
+def test_requests_about_to_join_count():
+    controller = AutoController(GpuLike(), 11)
+    run(controller, same(GpuLike()), [600] * 4, steady(0.95))
+    assert controller.next_gamma(StepObservation(4, 200.0, num_prefills=250)) == 0
+
+
+def test_prefill_bursts_are_no_step_times():
+    world, lengths = GpuLike(), [1500] * 4
+    controller = AutoController(world, 11)
+    result = run(controller, same(world), lengths, steady(0.95), prefill_steps=lambda step: 90 if step % 5 == 0 else 0)
+    assert sum(gamma >= 3 for gamma in result.gammas) > 0.9 * len(result.gammas)
+
+
+def test_without_requests_it_does_not_draft():
+    assert AutoController(GpuLike(), 11).next_gamma(StepObservation(0)) == 0
+
+
+def test_its_state_goes_through_json_and_back():
+    import json
+
+    controller = AutoController(GpuLike(), 11)
+    run(controller, same(GpuLike()), [300] * 4, steady(0.95))
+    restored = AutoController(GpuLike(), 11)
+    restored.restore(json.loads(json.dumps(controller.state())))
+    assert restored.state() == controller.state()
+    assert restored.next_gamma(StepObservation(4, 300.0)) >= 3 and AutoController(GpuLike(), 11).next_gamma(StepObservation(4, 300.0)) < 3
+    with pytest.raises(ValueError, match="11 positions"):
+        AutoController(GpuLike(), 5).restore(controller.state())
+
+
+def test_equal_observations_give_equal_decisions():
+    runs = [run(AutoController(GpuLike(), 11), same(GpuLike()), long_tail(32), steady(0.9)) for _ in range(2)]
+    assert runs[0].gammas == runs[1].gammas
+
+
+def test_deciding_takes_microseconds(measured):
+    """Issue: under 50 microseconds at 256 requests; a shrinking batch and a growing context, so that nothing stays cached."""
+    controller = make_controller(SelfSpecConfig(mode="auto"), GpuLike())
+    controller.end_rollout(RolloutAcceptance(0, 0, 0))
+    spent_s = 0.0
+    num_steps = 2000
+    for index in range(num_steps):
+        observation = StepObservation(256 - index // 10, 200.0 + 3 * index)
+        step = MeasuredStep(observation.num_decodes, observation.mean_context, 0.02, 0, 3, 3, 256, (256, 250, 240), (250, 240, 230))
+        started_s = time.perf_counter()
+        controller.next_gamma(observation)
+        controller.observe(step)
+        spent_s += time.perf_counter() - started_s
+    measured(f"auto: {1e6 * spent_s / num_steps:.0f} microseconds to decide and to learn from a step, 256 requests")
+    assert spent_s / num_steps < 200e-6
