@@ -1,6 +1,6 @@
 """`openrlhf-sd`: OpenRLHF's PPO/GRPO training, with self-speculating rollout engines if asked for.
 
-    openrlhf-sd --self-spec [fixed|toggle|adaptive] [--self-spec.FIELD VALUE ...] <OpenRLHF's flags>
+    openrlhf-sd --self-spec [fixed|toggle|adaptive|auto] [--self-spec.FIELD VALUE ...] <OpenRLHF's flags>
     openrlhf-sd <OpenRLHF's flags>            vanilla OpenRLHF, also without a GPU
     openrlhf-sd compare RUN_DIR RUN_DIR ...   what runs have recorded, side by side
     openrlhf-sd --help
@@ -18,12 +18,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from openrlhf_sd import flags, preflight, provenance
-from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
+from openrlhf_sd import eval_mark, flags, preflight, provenance
+from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.cpu import platform, ray_start
 from openrlhf_sd.process_tree import adopt_orphans, end_descendants
+
+if TYPE_CHECKING:
+    from openrlhf_sd.rollout_actor import SelfSpecRun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,20 +65,32 @@ def run(argv: Sequence[str]) -> int:
     if on_cpu:
         preflight.check_cpu(upstream)
     flags.check_upstream(upstream)
+    self_spec = calibration = None
     if config is not None:
+        from openrlhf_sd.calibration_choice import choose_calibration
+        from openrlhf_sd.controller_states import controller_states
         from openrlhf_sd.engine.args import resolve
+        from openrlhf_sd.rollout_actor import SelfSpecRun
 
         # The scheme and group size that will run go into config.json, not the question.
         settings = vars(upstream)
-        config = resolve(config, settings["actor.model_name_or_path"], settings["vllm.tensor_parallel_size"])
+        model, ranks = settings["actor.model_name_or_path"], settings["vllm.tensor_parallel_size"]
+        config = resolve(config, model, ranks)
+        states = controller_states(settings, config.mode)
+        calibration = choose_calibration(config, model, ranks)
+        if calibration is not None:
+            print(f"openrlhf-sd: {config.mode} decides by a calibration {calibration.describe()}", flush=True)
+        self_spec = SelfSpecRun(config, calibration and calibration.cost_model, states)
 
     if run_dir is None:
-        train(config, None, upstream_argv, upstream, on_cpu)
+        train(self_spec, None, upstream_argv, upstream, on_cpu)
         return 0
     provenance.begin_run(Path(run_dir), argv, config, vars(upstream))
+    if calibration is not None:
+        calibration.save(Path(run_dir) / "calibration.json")
     status = "failed"
     try:
-        train(config, run_dir, upstream_argv, upstream, on_cpu)
+        train(self_spec, run_dir, upstream_argv, upstream, on_cpu)
         status = "finished"
     finally:
         provenance.end_run(Path(run_dir), status)
@@ -84,7 +99,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def train(
-    config: SelfSpecConfig | None,
+    self_spec: SelfSpecRun | None,
     run_dir: str | None,
     upstream_argv: Sequence[str],
     upstream: argparse.Namespace,
@@ -97,17 +112,22 @@ def train(
     import openrlhf.trainer.ray
     import ray
 
-    if config is not None or run_dir is not None:
+    is_ours = self_spec is not None or run_dir is not None
+    if is_ours:
         from openrlhf_sd.rollout_actor import make_create_vllm_engines
 
-        openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(config, run_dir)
+        openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(self_spec, run_dir)
 
     adopt_orphans()
     signal.signal(signal.SIGTERM, _interrupt)
     with ExitStack() as at_end:
         start_ray = ray.init
         if on_cpu:
-            start_ray = ray_start.ray_init_on_cpu(ray.init, upstream, at_end.enter_context(ray_start.session_dir()))
+            folder = at_end.enter_context(ray_start.session_dir())
+            setup = "openrlhf_sd.eval_mark.install_on_cpu" if is_ours else "openrlhf_sd.cpu.platform.install"
+            start_ray = ray_start.ray_init_on_cpu(ray.init, upstream, folder, setup)
+        elif is_ours:
+            start_ray = eval_mark.with_setup_hook(ray.init)
 
         def init(*args: Any, **kwargs: Any) -> Any:
             context = start_ray(*args, **kwargs)

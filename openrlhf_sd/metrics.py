@@ -18,6 +18,9 @@ METRICS_FILE = "metrics.jsonl"
 POSITION_KEY = "rollout/sd/acceptance_rate_pos_"
 """Prefix of the per-position keys: `rollout/sd/acceptance_rate_pos_0`, `..._1`, up to the last position drafted."""
 
+NUM_DRAFTS_KEY = "rollout/sd/num_drafts_pos_"
+"""Prefix of the weights of those rates: the drafts that reached the position's length."""
+
 
 class SpecDecodeStats(Protocol):
     """What `SpecDecodeCounts.add` takes: vLLM's `SpecDecodingStats`, or another `SpecDecodeCounts`."""
@@ -85,7 +88,7 @@ def rollout_row(
     num_prompt_tokens: int,
     num_output_tokens: int,
     counts: SpecDecodeCounts | None = None,
-    gamma: int | None = None,
+    gamma: float | None = None,
     toggle_step: int | None = None,
     toggle_batch: int | None = None,
     predicted_speedup: float | None = None,
@@ -122,6 +125,7 @@ def rollout_row(
     }
     for position in range(len(counts.num_draft_tokens_per_pos) if counts else 0):
         row[f"{POSITION_KEY}{position}"] = counts.acceptance_rate_pos(position)
+        row[f"{NUM_DRAFTS_KEY}{position}"] = counts.num_draft_tokens_per_pos[position]
     return row
 
 

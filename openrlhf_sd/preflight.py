@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ def check(config: SelfSpecConfig | None, run_dir: str | None, upstream: argparse
     flags = vars(upstream)
     if config is not None:
         _check_self_spec(flags)
+        _check_ramp_up(config, flags)
     model_config = _read_model_config(flags["actor.model_name_or_path"])
     if config is not None and model_config is not None:
         check_model(model_config, "--actor.model_name_or_path")
@@ -50,6 +52,18 @@ def _check_self_spec(flags: dict[str, Any]) -> None:
         )
     if not flags["vllm.num_engines"]:
         raise SelfSpecError("--vllm.num_engines: --self-spec speculates inside vLLM engines; give at least 1")
+
+
+def _check_ramp_up(config: SelfSpecConfig, flags: dict[str, Any]) -> None:
+    if config.mode not in ("toggle", "adaptive"):
+        return
+    prompts = flags["rollout.vllm_generate_batch_size"] or flags["rollout.batch_size"]
+    per_engine = math.ceil(prompts * flags["rollout.n_samples_per_prompt"] / flags["vllm.num_engines"])
+    if per_engine <= config.ramp_up:
+        raise SelfSpecError(
+            f"--self-spec.ramp_up: {config.mode} waits until more than {config.ramp_up} requests have decoded at once, and an engine of this "
+            f"run gets {per_engine}, so it would never speculate; give --self-spec.ramp_up {per_engine // 2} or less"
+        )
 
 
 def _check_cpu_trainer(flags: dict[str, Any]) -> None:

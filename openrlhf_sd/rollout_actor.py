@@ -6,34 +6,57 @@ unchanged upstream one while that name means our subclass. Trainers, sample gene
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from openrlhf_sd.config import SelfSpecConfig
+from openrlhf_sd.controller_states import ControllerStates
 from openrlhf_sd.metrics import METRICS_FILE, append_row
+from openrlhf_sd.policy.cost_model import CostModel
+from openrlhf_sd.rollout_pool import start_pool
 from openrlhf_sd.rollout_record import ResponseCounts, RolloutRecord
 
 
-def make_create_vllm_engines(config: SelfSpecConfig | None, run_dir: str | None) -> Any:
+@dataclass(frozen=True)
+class SelfSpecRun:
+    """What every self-speculating engine of a run is told.
+
+    Args:
+        costs: calibrated step times; None where the mode needs none.
+        states: where controller states are kept; None for a run without checkpoints.
+    """
+
+    config: SelfSpecConfig
+    costs: CostModel | None
+    states: ControllerStates | None
+
+
+def make_create_vllm_engines(self_spec: SelfSpecRun | None, run_dir: str | None) -> Any:
     """A stand-in for `openrlhf.trainer.ray.create_vllm_engines` with the same signature.
 
     Args:
-        config: None for a vanilla engine whose rollouts are recorded and nothing else.
+        self_spec: None for vanilla engines whose rollouts are recorded and nothing else.
         run_dir: where metrics.jsonl goes; None keeps no file.
     """
     from openrlhf.trainer.ray import vllm_engine
 
     upstream_create = vllm_engine.create_vllm_engines
 
-    def create_vllm_engines(*args: Any, **kwargs: Any) -> list[Any]:
+    def create_vllm_engines(num_engines: int, *args: Any, **kwargs: Any) -> list[Any]:
         upstream_actor = vllm_engine.RolloutRayActor
-        actor = recording_rollout_actor(upstream_actor) if config is None else self_spec_rollout_actor(upstream_actor)
         metrics_path = None if run_dir is None else str(Path(run_dir).resolve() / METRICS_FILE)
-        vllm_engine.RolloutRayActor = _NumberedActors(actor, {"metrics_path": metrics_path, "self_spec": config})
+        if self_spec is None:
+            actors = _NumberedActors(recording_rollout_actor(upstream_actor), {"metrics_path": metrics_path})
+        else:
+            ours = {"metrics_path": metrics_path, "self_spec": self_spec, "pool": start_pool(num_engines)}
+            actors = _NumberedActors(self_spec_rollout_actor(upstream_actor), ours)
+        vllm_engine.RolloutRayActor = actors
         try:
-            return upstream_create(*args, **kwargs)
+            return upstream_create(num_engines, *args, **kwargs)
         finally:
             vllm_engine.RolloutRayActor = upstream_actor
 
@@ -77,14 +100,13 @@ def _recording_class(base: type) -> type:
     class RecordingRolloutActor(base):
         """A rollout is what is generated between two ends of a weight broadcast; the row is written at the second."""
 
-        async def __init__(
-            self, *args: Any, engine: int, metrics_path: str | None, self_spec: SelfSpecConfig | None, **kwargs: Any
-        ) -> None:
+        async def __init__(self, *args: Any, engine: int, metrics_path: str | None, **kwargs: Any) -> None:
             self._engine = engine
             self._metrics_path = metrics_path
             self._rollout = 0
             self._sync_started_s: float | None = None
             self._record = RolloutRecord()
+            self._training_record: RolloutRecord | None = None
             await super().__init__(*args, **kwargs)
 
         async def generate(self, prompt_token_ids, sampling_params, multi_modal_data=None):
@@ -93,10 +115,15 @@ def _recording_class(base: type) -> type:
                 output = await super().generate(prompt_token_ids, sampling_params, multi_modal_data)
             finally:
                 self._record.request_ended(time.perf_counter())
-            self._record.num_responses += 1
-            self._record.num_prompt_tokens += len(prompt_token_ids)
-            self._record.num_output_tokens += len(output.outputs[0].token_ids)
+            self._record.request_answered(len(prompt_token_ids), len(output.outputs[0].token_ids))
             return output
+
+        async def begin_eval(self) -> None:
+            """What follows is evaluation (eval_mark.py): it counts into no training rollout's row."""
+            self._training_record, self._record = self._record, RolloutRecord(acceptance_before=self._record.acceptance_before)
+
+        async def end_eval(self) -> None:
+            self._record, self._training_record = self._training_record, None
 
         async def update_weight(self, name, dtype, shape, empty_cache=False):
             self._sync_starts()
@@ -120,6 +147,7 @@ def _recording_class(base: type) -> type:
             weight_sync_s = time.perf_counter() - self._sync_started_s
             self._sync_started_s = None
             record, self._record = self._record, self._record.next()
+            report = await self._rollout_ended(record)
             if record.num_responses == 0:
                 return  # the broadcast of a resumed run, before its first rollout
             row = record.row(
@@ -129,10 +157,14 @@ def _recording_class(base: type) -> type:
                 weight_sync_s=weight_sync_s,
                 requantize_s=await self._requantize_s(),
                 counts=self._spec_decode_counts(record),
+                report=report,
             )
             self._rollout += 1
             if self._metrics_path is not None:
                 append_row(self._metrics_path, row)
+
+        async def _rollout_ended(self, record: RolloutRecord) -> dict[str, Any] | None:
+            return None
 
         async def _requantize_s(self) -> float | None:
             return None
@@ -145,24 +177,64 @@ def _recording_class(base: type) -> type:
 
 def _self_spec_class(base: type) -> type:
     class SelfSpecRolloutActor(_recording_class(base)):
-        async def __init__(self, *args: Any, self_spec: SelfSpecConfig, **kwargs: Any) -> None:
+        async def __init__(self, *args: Any, self_spec: SelfSpecRun, pool: Any, **kwargs: Any) -> None:
             from openrlhf_sd.engine.args import engine_args
             from openrlhf_sd.engine.step_stats import StepStats
 
-            kwargs |= engine_args(self_spec, kwargs["model"], kwargs["tensor_parallel_size"])
+            self._states = self_spec.states
+            self._pool = pool
+            self._num_syncs = 0
+            self._resumed = False
+            kwargs |= engine_args(self_spec.config, kwargs["model"], kwargs["tensor_parallel_size"], costs=self_spec.costs)
             kwargs["per_request_spec_decode_metrics"] = "summary"
-            await super().__init__(*args, self_spec=self_spec, **kwargs)
+            await super().__init__(*args, **kwargs)
             self.executor = _CountingExecutor(self.executor)
             # The engine process reports drafts and acceptances per step to its frontend's stat loggers, in this process.
             self.llm.logger_manager.stat_loggers.append(StepStats(self._on_step))
+            await self._start_controller()
+
+        async def _start_controller(self) -> None:
+            # From the first mark on, the scheduler leaves the boundaries of rollouts to this actor.
+            await self._call_core("self_spec_end_rollout", 0, 0, 0)
+            if self._states is None or self._states.global_step == 0:
+                return
+            self._num_syncs = self._states.global_step
+            self._resumed = True
+            state = self._states.load(self._engine)
+            if state is None:
+                print(f"self-speculation: engine {self._engine} finds no controller state for step {self._states.global_step} in "
+                      f"{self._states.folder}; it learns acceptance anew")
+            else:
+                await self._call_core("self_spec_restore", json.dumps(state))
+
+        async def _call_core(self, method: str, *args: Any) -> Any:
+            return await self.llm.engine_core.call_utility_async(method, *args)
+
+        async def begin_eval(self) -> None:
+            await super().begin_eval()
+            await self._call_core("self_spec_begin_eval")
+
+        async def end_eval(self) -> None:
+            await super().end_eval()
+            await self._call_core("self_spec_end_eval")
+
+        async def _rollout_ended(self, record: RolloutRecord) -> dict[str, Any] | None:
+            if self._resumed:
+                # OpenRLHF broadcasts the checkpoint's weights before the first rollout; that sync ends no training step.
+                self._resumed = False
+                return None
+            own = record.counts.num_drafts, record.counts.num_draft_tokens, record.counts.num_accepted_tokens
+            pooled = await self._pool.add.remote(self._num_syncs, own)
+            self._num_syncs += 1
+            report = json.loads(await self._call_core("self_spec_end_rollout", *pooled))
+            if self._states is not None:
+                self._states.save(self._engine, self._num_syncs, report["controller"])
+            return report
 
         def _on_step(self, stats) -> None:
             self._record.step(stats)
 
         async def generate(self, prompt_token_ids, sampling_params, multi_modal_data=None):
-            from openrlhf_sd.engine.scheduler import ROLLOUT_ARG
-
-            sampling_params.extra_args = {**(sampling_params.extra_args or {}), ROLLOUT_ARG: self._rollout}
             output = await super().generate(prompt_token_ids, sampling_params, multi_modal_data)
             _require_logprobs(output.outputs[0], sampling_params)
             return output

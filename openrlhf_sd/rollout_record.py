@@ -24,10 +24,7 @@ class RolloutRecord:
     _num_in_flight: int = 0
     _busy_since_s: float = 0.0
     _busy_s: float = 0.0
-    _num_steps: int = 0
-    _first_draft_step: int | None = None
-    _first_draft_batch: int | None = None
-    _gamma: int | None = None
+    _response_lengths: list[int] = field(default_factory=list)
     _response_logs: list[dict[str, float]] = field(default_factory=list)
 
     def request_started(self, now_s: float) -> None:
@@ -44,12 +41,12 @@ class RolloutRecord:
         """One engine step; `stats` is None where no draft was verified."""
         if stats is not None and stats.num_draft_tokens:
             self.counts.add(stats)
-            # Drafts near the end of a sequence are cut short, so the longest one tells gamma.
-            self._gamma = sum(count > 0 for count in stats.num_draft_tokens_per_pos)
-            if self._first_draft_step is None:
-                self._first_draft_step = self._num_steps
-                self._first_draft_batch = stats.num_drafts
-        self._num_steps += 1
+
+    def request_answered(self, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        self.num_responses += 1
+        self.num_prompt_tokens += num_prompt_tokens
+        self.num_output_tokens += num_output_tokens
+        self._response_lengths.append(num_output_tokens)
 
     def response_logged(self, logs: dict[str, float]) -> None:
         self._response_logs.append(logs)
@@ -70,12 +67,19 @@ class RolloutRecord:
         weight_sync_s: float,
         requantize_s: float | None,
         counts: SpecDecodeCounts | None,
+        report: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The line of metrics.jsonl. `counts` is None in a vanilla run.
+        """The line of metrics.jsonl.
 
+        Args:
+            counts: None in a vanilla run.
+            report: of the scheduler's StepLedger, None in a vanilla run.
+
+        `response_lengths` are output tokens per engine request, in the order they ended; `timeline` is a list of TIMELINE_COLUMNS.
         `response_mean` holds the means over responses that OpenRLHF's TensorBoard and W&B show; the `rollout/sd/*` values above it are
         pooled over tokens.
         """
+        report = report or {}
         row = rollout_row(
             rollout=rollout,
             engine=engine,
@@ -87,10 +91,15 @@ class RolloutRecord:
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=self.num_output_tokens,
             counts=counts,
-            gamma=None if counts is None else self._gamma,
-            toggle_step=None if counts is None else self._first_draft_step,
-            toggle_batch=None if counts is None else self._first_draft_batch,
+            gamma=report.get("gamma"),
+            toggle_step=report.get("toggle_step"),
+            toggle_batch=report.get("toggle_batch"),
+            predicted_speedup=report.get("predicted_speedup"),
+            measured_speedup=report.get("measured_speedup"),
         )
+        row["num_steps"] = report.get("num_steps")
+        row["response_lengths"] = self._response_lengths
+        row["timeline"] = report.get("timeline")
         row["response_mean"] = _means(self._response_logs)
         return row
 

@@ -90,7 +90,10 @@ def test_a_vanilla_row_has_the_contract_names_and_null_speculation():
 
 def test_a_speculating_row_adds_one_name_per_position():
     row = row_of(SpecDecodeCounts(10, 20, 15, [9, 6], [10, 10]), gamma=2, toggle_step=7, toggle_batch=16)
-    assert set(row) == CONTRACT_NAMES | {"rollout/sd/acceptance_rate_pos_0", "rollout/sd/acceptance_rate_pos_1"}
+    assert set(row) == CONTRACT_NAMES | {
+        *("rollout/sd/acceptance_rate_pos_0", "rollout/sd/acceptance_rate_pos_1"),
+        *("rollout/sd/num_drafts_pos_0", "rollout/sd/num_drafts_pos_1"),
+    }
     assert row["rollout/sd/acceptance_rate"] == 0.75
     assert row["rollout/sd/mean_acceptance_length"] == 2.5
     assert (row["rollout/sd/acceptance_rate_pos_0"], row["rollout/sd/acceptance_rate_pos_1"]) == (0.9, 0.6)

@@ -36,15 +36,12 @@ def test_rollout_seconds_are_those_with_a_request_in_flight():
     assert row(record)["timing/rollout_s"] == 6.0
 
 
-def test_toggle_step_is_the_first_step_that_verified_drafts():
+def test_acceptance_is_pooled_over_steps():
     record = RolloutRecord()
-    record.step(None)
     record.step(None)
     record.step(verified(num_drafts=4, gamma=3, accepted=2))
     record.step(verified(num_drafts=2, gamma=3, accepted=3))
     written = row(record)
-    assert (written["rollout/sd/toggle_step"], written["rollout/sd/toggle_batch"]) == (2, 4)
-    assert written["rollout/sd/gamma"] == 3
     assert written["rollout/sd/acceptance_rate"] == 14 / 18  # 4 * 2 + 2 * 3 of 4 * 3 + 2 * 3
     assert written["rollout/sd/mean_acceptance_length"] == 1 + 14 / 6
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from openrlhf_sd.cpu.import_patches import ModulePatch, patch_on_import
+from openrlhf_sd.import_patches import ModulePatch, patch_on_import
 
 WORKER_EXTENSION = "openrlhf_sd.cpu.weight_sync.CpuWorkerWrap"
 

@@ -34,8 +34,10 @@ def session_dir() -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)  # a dying process of Ray may still be writing its log
 
 
-def ray_init_on_cpu(ray_init: Callable[..., Any], upstream: argparse.Namespace, session_dir: str) -> Callable[..., Any]:
-    """A `ray.init` for OpenRLHF's own call: it adds virtual GPUs and the platform patches in every worker.
+def ray_init_on_cpu(
+    ray_init: Callable[..., Any], upstream: argparse.Namespace, session_dir: str, worker_setup: str
+) -> Callable[..., Any]:
+    """A `ray.init` for OpenRLHF's own call: it adds virtual GPUs and, in every worker, a call of the function named `worker_setup`.
 
     OpenRLHF calls it after its own checks of the flags, so nothing starts for a run that cannot begin.
     """
@@ -45,7 +47,7 @@ def ray_init_on_cpu(ray_init: Callable[..., Any], upstream: argparse.Namespace, 
         runtime_env = {
             **runtime_env,
             "env_vars": env_vars,
-            "worker_process_setup_hook": "openrlhf_sd.cpu.platform.install",
+            "worker_process_setup_hook": worker_setup,
         }
         if os.environ.get("RAY_ADDRESS"):  # a cluster someone else has sized
             return ray_init(runtime_env=runtime_env, **kwargs)

@@ -8,9 +8,11 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
+from openrlhf_sd.calibration_choice import choose_calibration
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
 from openrlhf_sd.engine.quantize import check_group_size, default_group_size, linear_input_widths
 from openrlhf_sd.model_support import check_model
+from openrlhf_sd.policy.cost_model import CostModel
 
 DEFAULT_QUANT = {"cpu": "w8a8", "cuda": "w4"}
 """By measurement: README, section "Speed on a CPU". CUDA: the paper's scheme; not measured by us yet."""
@@ -39,14 +41,23 @@ def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -
     return dataclasses.replace(config, quant=quant, group_size=group_size)
 
 
-def engine_args(config: SelfSpecConfig, model: str | Path, tensor_parallel_size: int = 1) -> dict[str, Any]:
+def engine_args(
+    config: SelfSpecConfig, model: str | Path, tensor_parallel_size: int = 1, costs: CostModel | None = None
+) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM(model, **args)`, `vllm.AsyncEngineArgs(model, **args)` and OpenRLHF's rollout actor.
+
+    Args:
+        costs: step times already chosen; without them `config.calibration` says where they come from, and `auto` may measure them
+            here first (`choose_calibration`).
 
     The engine carries OpenRLHF's weight-sync RPCs: `collective_rpc("init_process_group", ...)` and
     `collective_rpc("update_weight", (name, dtype, shape, empty_cache))`; the drafter is re-quantized when `empty_cache` is True.
     """
     resolved = resolve(config, str(model), tensor_parallel_size)
-    gamma_max = resolved.gamma_max
+    if costs is None:
+        calibration = choose_calibration(resolved, str(model), tensor_parallel_size)
+        costs = calibration and calibration.cost_model
+    num_speculative_tokens = resolved.num_speculative_tokens
     executor = {"distributed_executor_backend": "openrlhf_sd.engine.cpu_executor.SelfSpecExecutor"}
     return {
         **(executor if current_platform.is_cpu() else {}),
@@ -56,11 +67,11 @@ def engine_args(config: SelfSpecConfig, model: str | Path, tensor_parallel_size:
         "speculative_config": {
             "method": "draft_model",
             "model": str(model),
-            "num_speculative_tokens": gamma_max,
+            "num_speculative_tokens": num_speculative_tokens,
             # Greedy, upstream's default, accepts a few percent at temperature 1.
             "draft_sample_method": "probabilistic",
             # Turns on vLLM's per-step draft length; our scheduler replaces the table before every step.
-            "num_speculative_tokens_per_batch_size": [(1, 1, gamma_max)],
+            "num_speculative_tokens_per_batch_size": [(1, 1, num_speculative_tokens)],
         },
-        "additional_config": {"self_spec": resolved.to_dict()},
+        "additional_config": {"self_spec": resolved.to_dict(), "self_spec_costs": costs and costs.to_dict()},
     }

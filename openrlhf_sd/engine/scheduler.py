@@ -1,22 +1,35 @@
-"""vLLM's scheduler, asking the controller for gamma before every step. The scheduler owns gamma; everyone else is told per step."""
+"""vLLM's scheduler, asking the controller for gamma before every step and telling it what the step became. The scheduler owns gamma;
+everyone else is told per step."""
 
 from __future__ import annotations
 
+import copy
+import time
+from typing import Any
+
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from openrlhf_sd.config import SelfSpecConfig
-from openrlhf_sd.policy.controller import RolloutAcceptance, StepObservation, make_controller
+from openrlhf_sd.engine import core_calls
+from openrlhf_sd.engine.step_drafts import StepDrafts
+from openrlhf_sd.policy.controller import Controller, make_controller
+from openrlhf_sd.policy.cost_model import CostModel
+from openrlhf_sd.policy.observation import MeasuredStep, RolloutAcceptance, StepObservation
+from openrlhf_sd.step_ledger import StepLedger
 
-ROLLOUT_ARG = "self_spec_rollout"
-"""Key in `SamplingParams.extra_args`: which rollout (number of finished weight broadcasts) a request belongs to."""
+logger = init_logger(f"vllm.{__name__}")
 
 _PlatformScheduler = Scheduler if current_platform.is_cpu() else AsyncScheduler
 """What vLLM itself would use: a plain `Scheduler` on CUDA would lose asynchronous scheduling and rig every comparison."""
+
+core_calls.install()
 
 
 class SelfSpecScheduler(_PlatformScheduler):
@@ -24,42 +37,124 @@ class SelfSpecScheduler(_PlatformScheduler):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if self.scheduler_config.async_scheduling != isinstance(self, AsyncScheduler):
+        self._is_async = isinstance(self, AsyncScheduler)
+        if self.scheduler_config.async_scheduling != self._is_async:
             raise RuntimeError("self-speculation: leave vLLM's async_scheduling at the platform's default")
-        self.controller = make_controller(SelfSpecConfig.from_dict(self.vllm_config.additional_config["self_spec"]))
+        settings = self.vllm_config.additional_config
+        calibration = settings.get("self_spec_costs")
+        self._costs = None if calibration is None else CostModel.from_dict(calibration)
+        self.controller = self.make_controller(SelfSpecConfig.from_dict(settings["self_spec"]))
         # Upstream looks gamma up by batch size, in a list; ours holds the one answer at every index.
         num_entries = self.scheduler_config.max_num_seqs + 1
         self._lookups = [[gamma] * num_entries for gamma in range(self.num_spec_tokens + 1)]
-        self._rollout: int | None = None
-        self._start_counts()
+        self._training: tuple[Controller, StepLedger, RolloutAcceptance] | None = None
+        self._has_rollout_marks = False
+        self._observation = StepObservation(num_decodes=0)
+        self._drafts = StepDrafts(self.num_spec_tokens)
+        self._last_output_s: float | None = None
+        self._last_gamma_drafted = 0
+        self._start_rollout()
 
-    def _start_counts(self) -> None:
-        self._num_drafts = 0
-        self._num_draft_tokens = 0
-        self._num_accepted_tokens = 0
+    def make_controller(self, config: SelfSpecConfig) -> Controller:
+        return make_controller(config, self._costs)
+
+    def _start_rollout(self) -> None:
+        self._ledger = StepLedger(self._costs)
+        self._acceptance = RolloutAcceptance(0, 0, 0)
+        self._last_output_s = None
 
     def add_request(self, request: Request) -> None:
-        """A rollout ends where the weights change: OpenRLHF's actor numbers its requests. Without numbers (a plain vLLM user) it
-        ends where the engine has run empty."""
-        extra_args = (request.sampling_params.extra_args or {}) if request.sampling_params is not None else {}
-        rollout = extra_args.get(ROLLOUT_ARG)
-        if (rollout != self._rollout) if rollout is not None else (not self.requests):
-            self._end_rollout()
-            self._rollout = rollout
+        """Without anyone to mark rollouts (a plain vLLM user), one ends where the engine has run empty."""
+        if not self._has_rollout_marks and not self.requests:
+            self._end_rollout(self._acceptance)
         super().add_request(request)
 
-    def _end_rollout(self) -> None:
-        self.controller.end_rollout(
-            RolloutAcceptance(self._num_drafts, self._num_draft_tokens, self._num_accepted_tokens)
-        )
-        self._start_counts()
+    def end_rollout(self, acceptance: RolloutAcceptance) -> dict[str, Any]:
+        """The end of a weight broadcast. Returns the finished rollout's report and the controller's state after it.
+
+        Args:
+            acceptance: of all engines of the run.
+        """
+        self._has_rollout_marks = True
+        report = self._ledger.report()
+        self._end_rollout(acceptance)
+        return report | {"controller": self.controller.state()}
+
+    def _end_rollout(self, acceptance: RolloutAcceptance) -> None:
+        self.controller.end_rollout(acceptance)
+        self._start_rollout()
+
+    def begin_eval(self) -> None:
+        """Evaluation decides by a copy of the controller, which is thrown away after it."""
+        self._training = self.controller, self._ledger, self._acceptance
+        self.controller = copy.deepcopy(self.controller)
+        self._start_rollout()
+
+    def end_eval(self) -> None:
+        self._start_rollout()
+        self.controller, self._ledger, self._acceptance = self._training
+        self._training = None
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        super().set_pause_state(pause_state)
+        self._last_output_s = None  # the pause is no step time
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         # Upstream would count every scheduled request; prefills must not look like a large decode batch.
-        num_decodes = sum(not request.is_prefill_chunk for request in self.running)
-        gamma = self.controller.next_gamma(StepObservation(num_decodes=num_decodes))
-        self.dynamic_sd_lookup = self._lookups[gamma]
+        contexts = [request.num_computed_tokens for request in self.running if not request.is_prefill_chunk]
+        num_decodes = len(contexts)
+        self._observation = StepObservation(
+            num_decodes=num_decodes,
+            mean_context=sum(contexts) / num_decodes if num_decodes else 0.0,
+            num_prefills=len(self.running) - num_decodes + len(self.waiting),
+        )
+        self.dynamic_sd_lookup = self._lookups[self.controller.next_gamma(self._observation)]
         return super().schedule(throttle_prefills)
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output):
+        self._drafts = StepDrafts(self.num_spec_tokens)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if scheduler_output.num_scheduled_tokens:
+            self._observe(scheduler_output, sum(map(len, model_runner_output.sampled_token_ids)))
+        return outputs
+
+    def _observe(self, scheduler_output: SchedulerOutput, num_tokens: int) -> None:
+        now_s = time.perf_counter()
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        num_draft_tokens = sum(map(len, verified.values()))
+        num_new = len(scheduler_output.scheduled_new_reqs)
+        # Every request that decodes has one token of its own and its drafts; what is beyond that is prompt.
+        num_decodes = sum(
+            count == 1 + len(verified.get(request_id, ()))
+            for request_id, count in scheduler_output.num_scheduled_tokens.items()
+        )
+        num_decode_tokens = num_decodes + num_draft_tokens
+        gamma_drafted = scheduler_output.num_spec_tokens_to_schedule
+        step = MeasuredStep(
+            num_decodes=num_decodes,
+            mean_context=self._observation.mean_context,
+            step_s=None if self._last_output_s is None else now_s - self._last_output_s,
+            num_prefill_tokens=scheduler_output.total_num_scheduled_tokens - num_decode_tokens + num_new,
+            gamma_verified=max(map(len, verified.values()), default=0),
+            # Synchronous: the output comes after this step's drafts were made. Asynchronous: it comes before, and the time since
+            # the output before holds that step's drafts.
+            gamma_drafted=self._last_gamma_drafted if self._is_async else gamma_drafted,
+            num_drafts=self._drafts.num_drafts,
+            num_draft_tokens_per_pos=self._drafts.num_draft_tokens_per_pos,
+            num_accepted_tokens_per_pos=self._drafts.num_accepted_tokens_per_pos,
+        )
+        self._last_gamma_drafted = gamma_drafted
+        # An idle engine's time is no step time either.
+        self._last_output_s = now_s if self.has_unfinished_requests() else None
+        self.controller.observe(step)
+        self._ledger.add(step, num_tokens)
+        self._acceptance = RolloutAcceptance(
+            self._acceptance.num_drafts + self._drafts.num_drafts,
+            self._acceptance.num_draft_tokens + self._drafts.num_draft_tokens,
+            self._acceptance.num_accepted_tokens + self._drafts.num_accepted_tokens,
+        )
+        for line in self.controller.take_news():
+            logger.info("self-speculation: %s", line)
 
     def make_spec_decoding_stats(
         self,
@@ -69,9 +164,8 @@ class SelfSpecScheduler(_PlatformScheduler):
         num_invalid_spec_tokens: dict[str, int] | None,
         request_id: str,
     ) -> SpecDecodingStats | None:
-        self._num_drafts += 1
-        self._num_draft_tokens += num_draft_tokens
-        self._num_accepted_tokens += num_accepted_tokens
+        if num_draft_tokens:
+            self._drafts.add(num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(
             spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
         )

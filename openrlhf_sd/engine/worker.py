@@ -29,9 +29,9 @@ class _SelfSpecWorking:
         runner.drafter = SelfDraftProposer(
             self.vllm_config, runner.device, runner, quant=config.quant, group_size=config.group_size
         )
-        # Upstream stops drafting gamma_max tokens before the context ends and schedules zeros as drafts from there on. Our drafter
+        # Upstream stops drafting num_speculative_tokens tokens before the context ends and schedules zeros as drafts from there on. Our drafter
         # needs no such margin: positions past the end get a padding slot and the scheduler trims the drafts.
-        runner.effective_drafter_max_model_len = runner.max_model_len + config.gamma_max + 1
+        runner.effective_drafter_max_model_len = runner.max_model_len + config.num_speculative_tokens + 1
 
         if not runner.use_async_scheduling:
             runner.propose_draft_token_ids = _skipping_gamma_0(runner.propose_draft_token_ids, runner.device)

@@ -1,0 +1,71 @@
+"""Controller states beside OpenRLHF's checkpoints: `CKPT_PATH/self_spec/engine{i}.jsonl`, one line per finished training step.
+
+A resumed run takes the line of the step that its checkpoint holds, so that the ladder stands where it stood and acceptance is known.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.metrics import append_row, read_rows
+
+FOLDER = "self_spec"
+
+
+@dataclass(frozen=True)
+class ControllerStates:
+    """Args:
+    folder: CKPT_PATH/self_spec.
+    global_step: the step of the checkpoint that this run resumes; 0 for a run that starts anew.
+    mode: states of another mode are not this run's.
+    """
+
+    folder: str
+    global_step: int
+    mode: str
+
+    def save(self, engine: int, global_step: int, state: dict[str, Any]) -> None:
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        append_row(self._path(engine), {"global_step": global_step, "mode": self.mode, "state": state})
+
+    def load(self, engine: int) -> dict[str, Any] | None:
+        """The state at the checkpoint, None when this run starts anew, or when the run before it had no such engine, or another mode:
+        acceptance is then learned from the first rollout on."""
+        path = self._path(engine)
+        if self.global_step == 0 or not path.exists():
+            return None
+        rows, _ = read_rows(path)
+        # A step may be there twice: a run that was resumed earlier has lived through it again.
+        found = [row for row in rows if row.get("global_step") == self.global_step and row.get("mode") == self.mode]
+        return found[-1]["state"] if found else None
+
+    def _path(self, engine: int) -> Path:
+        return Path(self.folder) / f"engine{engine}.jsonl"
+
+
+def controller_states(upstream: dict[str, Any], mode: str) -> ControllerStates | None:
+    """From OpenRLHF's flags; None where the run neither saves nor loads checkpoints.
+
+    Raises:
+        SelfSpecError: the checkpoint to resume names no step.
+    """
+    saves = upstream["ckpt.save_steps"] > 0 or (upstream["eval.dataset"] and upstream["eval.steps"] > 0)
+    if not saves and not upstream["ckpt.load_enable"]:
+        return None
+    path = Path(upstream["ckpt.path"])
+    return ControllerStates(str(path.resolve() / FOLDER), _checkpoint_step(path) if upstream["ckpt.load_enable"] else 0, mode)
+
+
+def _checkpoint_step(path: Path) -> int:
+    """DeepSpeed's file `latest` names the newest checkpoint, OpenRLHF calls it global_stepN or best_global_stepN."""
+    latest = path / "_actor" / "latest"
+    if not latest.exists():
+        return 0  # OpenRLHF starts anew then, too
+    match = re.fullmatch(r"(?:best_)?global_step(\d+)", latest.read_text().strip())
+    if match is None:
+        raise SelfSpecError(f"--ckpt.path: {latest} names no global_step; give the folder of an OpenRLHF run, or drop --ckpt.load_enable")
+    return int(match[1])
