@@ -1,9 +1,12 @@
 """Tokens per second of the self-speculating engine against plain vLLM, on this machine.
 
-    python -m openrlhf_sd.bench [--models 60m 400m DIR ...] [--quant w8a8 w4] [--batches 1,4,8,16] [--gammas 0,1,2,3] [--out DIR]
+    python -m openrlhf_sd.bench [--models 60m 400m DIR ...] [--quant w8a8 w4] [--batches 1,4,8,16,tail16] [--gammas 0,1,2,3]
+        [--modes toggle,adaptive,auto] [--calibration auto] [--out DIR]
 
 What is measured: `LLM.generate` of BATCH distinct prompts, TOKENS sampled tokens each (temperature 1, end of text ignored), wall time.
-Both engines live in processes of their own and take turns, A B A B, in every round: a ratio is formed within a round, so that a
+`tailN` is a small rollout: N requests of which most end early (TAIL_LENGTHS), so that the batch shrinks to 1. The columns are constant
+gammas, then modes, which decide by the calibration (`auto`: the quick sweep of this machine, measured now if it never was) and start
+their ramp-up guard at 0; a mode's controller learns over the rounds as over the rollouts of a training. Both engines live in processes of their own and take turns, A B A B, in every round: a ratio is formed within a round, so that a
 machine that drifts hurts both alike. The baseline is plain vLLM with the same settings, never our engine with speculation off.
 
 What to expect: a cycle costs gamma draft steps and one step on gamma + 1 tokens per request, and yields the mean acceptance length in
@@ -32,13 +35,20 @@ RANDOM_MODELS = {
 VOCAB_SIZE = 32_000
 PROMPT_TOKENS = 32
 
+TAIL_LENGTHS = (0.125, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0, 4.0)
+"""Of a `tail` row, as shares of TOKENS, repeated over its requests; the last one is long only once, as in the tail of a rollout."""
+
+TAIL = "tail"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m openrlhf_sd.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["60m", "400m"], metavar="DIR", help="60m, 400m or a model folder")
     parser.add_argument("--quant", nargs="+", default=["w8a8", "w4"], help="drafter schemes")
-    parser.add_argument("--batches", type=_numbers, default=[1, 4, 8, 16], metavar="N,N")
+    parser.add_argument("--batches", type=_names, default=["1", "4", "8", "16"], metavar="N,N,tailN")
     parser.add_argument("--gammas", type=_numbers, default=[0, 1, 2, 3], metavar="N,N")
+    parser.add_argument("--modes", type=_names, default=[], metavar="MODE,MODE", help="toggle, adaptive, auto")
+    parser.add_argument("--calibration", default="auto", help="as --self-spec.calibration; used by the modes only")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds after one that warms up")
     parser.add_argument("--tokens", type=int, default=64, help="sampled tokens per request")
     parser.add_argument("--out", type=Path, default=None, help="folder for bench.json")
@@ -70,6 +80,19 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def row_lengths(row: str, num_tokens: int) -> list[int]:
+    """Tokens to sample, by request."""
+    if not row.startswith(TAIL):
+        return [num_tokens] * int(row)
+    num_requests = int(row.removeprefix(TAIL))
+    shares = [TAIL_LENGTHS[index % (len(TAIL_LENGTHS) - 1)] for index in range(num_requests - 1)] + [TAIL_LENGTHS[-1]]
+    return [max(1, int(share * num_tokens)) for share in shares]
+
+
 def build_random_model(name: str, folder: Path) -> Path:
     """A random-weight Qwen2 with a vocabulary of 32,000 and grouped-query attention, saved in bf16."""
     import torch
@@ -89,7 +112,7 @@ def build_random_model(name: str, folder: Path) -> Path:
 
 
 def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> dict[str, Any]:
-    """One scheme on one model: {"requantize_s": [...], "cells": [{"batch", "gamma", "ratios", "plain_tokens_per_s", ...}]}."""
+    """One scheme on one model: {"requantize_s": [...], "cells": [{"batch", "draft", "ratios", "plain_tokens_per_s", ...}]}."""
     from rich.progress import Progress
     from vllm import LLM
 
@@ -99,23 +122,30 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
     sizes = {
         "max_model_len": 512,
         "kv_cache_memory_bytes": 512 << 20,
-        "max_num_seqs": max(args.batches),
+        "max_num_seqs": max(len(row_lengths(row, args.tokens)) for row in args.batches),
         "dtype": "bfloat16",
         "enforce_eager": True,
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
     }
-    config = SelfSpecConfig(mode="fixed", gamma=max(1, *args.gammas), quant=quant)
+    gamma = max(1, *args.gammas)
+    ladder = tuple(range(1, gamma + 1))
+    if args.modes:
+        config = SelfSpecConfig(
+            mode="auto", gamma=gamma, gamma_max=gamma, ladder=ladder, ramp_up=0, quant=quant, calibration=args.calibration
+        )
+    else:
+        config = SelfSpecConfig(mode="fixed", gamma=gamma, quant=quant)
     console.print(f"[bold]{model.name}[/bold], drafter {quant}: starting two engines (under a minute)")
     plain = LLM(str(model), **sizes)
     speculating = LLM(str(model), **sizes, **engine_args(config, model) | {"scheduler_cls": QUALNAME})
     try:
         requantize_s = [speculating.collective_rpc("self_spec_requantize_checkpoint")[0] for _ in range(3)]
         cells = [
-            {"batch": batch, "gamma": gamma, "ratios": [], "plain_tokens_per_s": [], "tokens_per_s": [], "accepted": [0, 0]}
+            {"batch": batch, "draft": draft, "ratios": [], "plain_tokens_per_s": [], "tokens_per_s": [], "accepted": [0, 0]}
             for batch in args.batches
-            for gamma in args.gammas
+            for draft in (*args.gammas, *args.modes)
         ]
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("measuring", total=len(cells) * (args.rounds + 1))
@@ -130,35 +160,39 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
 
 
 def measure_cell(plain: Any, speculating: Any, cell: dict[str, Any], num_tokens: int, is_warm_up: bool) -> None:
-    plain_s, _ = timed(plain, cell["batch"], num_tokens, None)
-    ours_s, (num_drafts, num_accepted) = timed(speculating, cell["batch"], num_tokens, cell["gamma"])
+    lengths = row_lengths(cell["batch"], num_tokens)
+    plain_s, _ = timed(plain, lengths, None)
+    ours_s, (num_drafts, num_accepted) = timed(speculating, lengths, cell["draft"])
     if is_warm_up:
         return
-    total = cell["batch"] * num_tokens
+    total = sum(lengths)
     cell["ratios"].append(plain_s / ours_s)
     cell["plain_tokens_per_s"].append(total / plain_s)
     cell["tokens_per_s"].append(total / ours_s)
     cell["accepted"] = [cell["accepted"][0] + num_drafts, cell["accepted"][1] + num_accepted]
 
 
-def timed(llm: Any, batch: int, num_tokens: int, gamma: int | None) -> tuple[float, tuple[int, int]]:
+def timed(llm: Any, lengths: list[int], draft: int | str | None) -> tuple[float, tuple[int, int]]:
     """Seconds of one `generate` call, and the drafts and accepted tokens in it."""
     from vllm import SamplingParams
 
-    from openrlhf_sd.engine.scripted_gamma import GAMMA_ARG
+    from openrlhf_sd.engine.scripted_gamma import DRAFT_ARG
 
     vocab_size = llm.llm_engine.vllm_config.model_config.get_vocab_size()
     prompts = [
         {"prompt_token_ids": [(7919 * row + 104_729 * column) % vocab_size for column in range(PROMPT_TOKENS)]}
-        for row in range(batch)
+        for row in range(len(lengths))
     ]
-    params = SamplingParams(
-        temperature=1.0,
-        max_tokens=num_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        extra_args=None if gamma is None else {GAMMA_ARG: gamma},
-    )
+    params = [
+        SamplingParams(
+            temperature=1.0,
+            max_tokens=length,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if draft is None else {DRAFT_ARG: draft},
+        )
+        for length in lengths
+    ]
     before = _spec_decode_counts(llm)
     started = time.perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
@@ -186,14 +220,14 @@ def table(result: dict[str, Any]) -> Any:
 
     seconds = statistics.median(result["requantize_s"])
     shown = Table(title=f"{result['model']}, drafter {result['quant']}: speed-up over plain vLLM; re-quantize {seconds:.2f} s")
-    gammas = sorted({cell["gamma"] for cell in result["cells"]})
-    for heading in ("batch", "plain tok/s", *(f"gamma {gamma}" for gamma in gammas)):
+    drafts = list(dict.fromkeys(cell["draft"] for cell in result["cells"]))
+    for heading in ("batch", "plain tok/s", *(draft if isinstance(draft, str) else f"gamma {draft}" for draft in drafts)):
         shown.add_column(heading, justify="right")
-    for batch in sorted({cell["batch"] for cell in result["cells"]}):
+    for batch in dict.fromkeys(cell["batch"] for cell in result["cells"]):
         row = [cell for cell in result["cells"] if cell["batch"] == batch]
         plain = statistics.median(value for cell in row for value in cell["plain_tokens_per_s"])
-        cells = {cell["gamma"]: cell for cell in row}
-        shown.add_row(str(batch), f"{plain:.0f}", *(_cell_text(cells[gamma]) for gamma in gammas))
+        cells = {cell["draft"]: cell for cell in row}
+        shown.add_row(batch, f"{plain:.0f}", *(_cell_text(cells[draft]) for draft in drafts))
     return shown
 
 

@@ -22,9 +22,8 @@ def choose_calibration(config: SelfSpecConfig, model: str, tensor_parallel_size:
     """
     if config.mode not in CALIBRATED_MODES or config.calibration == "none":
         return None
-    # Heavier than the flags need: numpy and scipy, and the model's configuration.
-    from calib.automatic import calibrate_this_machine, device_name
-    from transformers import AutoConfig
+    from calib.automatic import calibrate_this_machine
+    from calib.device import device_name, read_model_config
 
     if config.calibration == "auto":
         return calibration_file.load(calibrate_this_machine(model, config.quant, tensor_parallel_size))
@@ -32,7 +31,7 @@ def choose_calibration(config: SelfSpecConfig, model: str, tensor_parallel_size:
     calibration_file.check_matches(
         chosen,
         device=device_name(),
-        model_config=AutoConfig.from_pretrained(model, trust_remote_code=True).to_dict(),
+        model_config=read_model_config(model),
         quant=config.quant,
         tensor_parallel_size=tensor_parallel_size,
     )

@@ -43,7 +43,7 @@ def begin_run(run_dir: Path, argv: Sequence[str], config: SelfSpecConfig | None,
     _write_json(
         run_dir / "provenance.json",
         {
-            "git_sha": _git_sha(),
+            "git_sha": git_sha(),
             "argv": _hide_secrets(argv),
             "started_unix_s": time.time(),
             "packages": _package_versions(),
@@ -108,7 +108,7 @@ def _package_versions() -> dict[str, str]:
     return installed
 
 
-def _git_sha() -> str | None:
+def git_sha() -> str | None:
     """Commit of the checkout this package runs from; None if it is installed without one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     if shutil.which("git") is None:

@@ -193,7 +193,7 @@ def summarize(run: RunRecords, label: str, num_warmup_steps: int) -> ArmSummary:
         acceptance_rate=num_accepted_tokens / num_draft_tokens if num_draft_tokens else None,
         mean_acceptance_length=1 + num_accepted_tokens / num_drafts if num_drafts else None,
         acceptance_rate_by_pos=[
-            weighted_mean([(_at(t.acceptance_rate_by_pos, i), t.num_drafts) for t in totals])
+            weighted_mean([(_at(t.acceptance_rate_by_pos, i), _at(t.num_drafts_by_pos, i)) for t in totals])
             for i in range(num_positions)
         ],
         gamma=spread([t.gamma for t in totals]),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_sd.config import SelfSpecError
-from openrlhf_sd.metrics import METRICS_FILE, POSITION_KEY, read_rows
+from openrlhf_sd.metrics import METRICS_FILE, NUM_DRAFTS_KEY, POSITION_KEY, read_rows
 
 ROLLOUT_S = "train/timing/generation"
 BROADCAST_S = "train/timing/broadcast"
@@ -55,7 +55,8 @@ class RolloutTotals:
     num_drafts: int | None
     num_draft_tokens: int | None
     num_accepted_tokens: int | None
-    acceptance_rate_by_pos: tuple[float | None, ...]  # weighted by each engine's num_drafts
+    acceptance_rate_by_pos: tuple[float | None, ...]
+    num_drafts_by_pos: tuple[int, ...]  # drafts that long: the weights of those rates
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _read_rollouts(path: Path, notes: list[str]) -> dict[int, RolloutTotals]:
         if type(rollout) is not int or type(engine) is not int:
             raise SelfSpecError(f"{path}: a row has no integer 'rollout' and 'engine'; remove that row")
         for key in row:
-            if (key in _NUMBERS or key.startswith(POSITION_KEY)) and type(row[key]) not in (int, float, type(None)):
+            if (key in _NUMBERS or key.startswith((POSITION_KEY, NUM_DRAFTS_KEY))) and type(row[key]) not in (int, float, type(None)):
                 raise SelfSpecError(f"{path}: {key!r} of rollout {rollout} is no number; remove that row")
         by_rollout.setdefault(rollout, {})[engine] = row
     num_repeated = len(rows) - sum(len(engines) for engines in by_rollout.values())
@@ -194,17 +195,15 @@ def _pool_engines(rows: list[dict[str, Any]]) -> RolloutTotals:
         num_draft_tokens=total("rollout/sd/num_draft_tokens"),
         num_accepted_tokens=total("rollout/sd/num_accepted_tokens"),
         acceptance_rate_by_pos=tuple(
-            weighted_mean([(row.get(f"{POSITION_KEY}{i}"), row.get("rollout/sd/num_drafts")) for row in rows])
+            weighted_mean([(row.get(f"{POSITION_KEY}{i}"), row.get(f"{NUM_DRAFTS_KEY}{i}")) for row in rows])
             for i in range(num_positions)
         ),
+        num_drafts_by_pos=tuple(total(f"{NUM_DRAFTS_KEY}{i}") or 0 for i in range(num_positions)),
     )
 
 
 def weighted_mean(values_and_weights: list[tuple[float | None, float | None]]) -> float | None:
-    """Mean of the measured values by weight; None when nothing was measured.
-
-    Pooling per-position acceptance by `num_drafts` is exact when every draft of a row had the same length, else close.
-    """
+    """Mean of the measured values by weight; None when nothing was measured."""
     pairs = [(value, weight) for value, weight in values_and_weights if value is not None and weight]
     return sum(value * weight for value, weight in pairs) / sum(w for _, w in pairs) if pairs else None
 

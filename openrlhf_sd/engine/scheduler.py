@@ -37,8 +37,7 @@ class SelfSpecScheduler(_PlatformScheduler):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._is_async = isinstance(self, AsyncScheduler)
-        if self.scheduler_config.async_scheduling != self._is_async:
+        if self.scheduler_config.async_scheduling != isinstance(self, AsyncScheduler):
             raise RuntimeError("self-speculation: leave vLLM's async_scheduling at the platform's default")
         settings = self.vllm_config.additional_config
         calibration = settings.get("self_spec_costs")
@@ -52,7 +51,6 @@ class SelfSpecScheduler(_PlatformScheduler):
         self._observation = StepObservation(num_decodes=0)
         self._drafts = StepDrafts(self.num_spec_tokens)
         self._last_output_s: float | None = None
-        self._last_gamma_drafted = 0
         self._start_rollout()
 
     def make_controller(self, config: SelfSpecConfig) -> Controller:
@@ -129,21 +127,19 @@ class SelfSpecScheduler(_PlatformScheduler):
             for request_id, count in scheduler_output.num_scheduled_tokens.items()
         )
         num_decode_tokens = num_decodes + num_draft_tokens
-        gamma_drafted = scheduler_output.num_spec_tokens_to_schedule
         step = MeasuredStep(
             num_decodes=num_decodes,
             mean_context=self._observation.mean_context,
             step_s=None if self._last_output_s is None else now_s - self._last_output_s,
             num_prefill_tokens=scheduler_output.total_num_scheduled_tokens - num_decode_tokens + num_new,
             gamma_verified=max(map(len, verified.values()), default=0),
-            # Synchronous: the output comes after this step's drafts were made. Asynchronous: it comes before, and the time since
-            # the output before holds that step's drafts.
-            gamma_drafted=self._last_gamma_drafted if self._is_async else gamma_drafted,
+            # A step's output comes after its drafts were made, in asynchronous scheduling too: the copy of the sampled tokens to the
+            # host waits for the stream that the drafter was enqueued on before it.
+            gamma_drafted=scheduler_output.num_spec_tokens_to_schedule,
             num_drafts=self._drafts.num_drafts,
             num_draft_tokens_per_pos=self._drafts.num_draft_tokens_per_pos,
             num_accepted_tokens_per_pos=self._drafts.num_accepted_tokens_per_pos,
         )
-        self._last_gamma_drafted = gamma_drafted
         # An idle engine's time is no step time either.
         self._last_output_s = now_s if self.has_unfinished_requests() else None
         self.controller.observe(step)

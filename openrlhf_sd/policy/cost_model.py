@@ -49,6 +49,9 @@ class Terms:
     compute_units: float
     """Streaming multiprocessors; 0 on a device without waves of tiles and CUDA graphs (CPU). Known, not fitted."""
 
+    draft_pass_rows: float
+    """Rows of one pass of the quantized kernel over its weights, in tiles of 16 (Marlin: 64); 0 for a kernel without such stairs. Known."""
+
     stream_bytes_per_s: float
     gemm_flops_per_s: float
     wide_tile_gain: float
@@ -227,7 +230,7 @@ class CostModel:
             constants.layers_parameters,
             self._draft_layers_bytes,
             constants.num_layers,
-            pass_rows=kernels.MARLIN_PASS_ROWS if terms.compute_units and self.quant == "w4" else 0,
+            pass_rows=terms.draft_pass_rows,
             bytes_per_s=terms.draft_bytes_per_stream_byte * terms.stream_bytes_per_s,
             flops_per_s=terms.draft_flops_per_s,
             exponent=terms.draft_exponent,

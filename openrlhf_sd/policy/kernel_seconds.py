@@ -23,11 +23,12 @@ SPLIT_INPUTS = 4096
 HALF_TAIL_ROWS = 32
 """Tiles of at most so many rows are half as wide, so that a ragged last wave costs about half."""
 
-QUANTIZED_TILE_ROWS = 16
-QUANTIZED_HALF_TILE = 0.6
-"""Marlin's smallest tile has 8 rows and costs a little over half of one with 16."""
 MARLIN_PASS_ROWS = 64
 """Marlin goes over the weights once per 64 rows."""
+
+MARLIN_STAIRS = ((0, 9.0), (8, 5.5), (16, 20.0), (32, 14.5), (48, 17.5))
+"""(rows above which it holds, rows' worth of FLOPs that it adds): what a pass over so many rows computes, tile by tile of 16 (the first
+may be of 8). Found alike in two models on an A100; the second tile comes with another, slower kernel shape."""
 
 QUERY_TILE = 64
 """Queries per attention tile. With one query per request the heads that share keys share a tile; with more, every head has its own."""
@@ -101,7 +102,7 @@ def quantized_s(rows, parameters, weight_bytes, layers, pass_rows, bytes_per_s, 
     """All quantized linears of a step.
 
     Args:
-        pass_rows: rows of one pass over the weights; 0 for a kernel without passes and stairs.
+        pass_rows: rows of one pass over the weights in Marlin's stairs, or 0 for a kernel without passes and stairs.
         pass_s: what another pass costs beyond its bytes and FLOPs, per layer.
     """
     memory_s = weight_bytes / bytes_per_s
@@ -110,9 +111,10 @@ def quantized_s(rows, parameters, weight_bytes, layers, pass_rows, bytes_per_s, 
         return roofline(memory_s, rows * row_s, exponent)
     full_passes = rows // pass_rows
     left = rows - pass_rows * full_passes
-    left_tiles = either(left > QUANTIZED_TILE_ROWS // 2, ceil_div(left, QUANTIZED_TILE_ROWS), QUANTIZED_HALF_TILE)
-    full_pass_s = roofline(memory_s, pass_rows * row_s, exponent)
-    left_s = (left > 0) * roofline(memory_s, left_tiles * QUANTIZED_TILE_ROWS * row_s, exponent)
+    left_rows = sum((left > threshold) * cost for threshold, cost in MARLIN_STAIRS)
+    full_rows = sum(cost for _, cost in MARLIN_STAIRS)
+    full_pass_s = roofline(memory_s, full_rows * row_s, exponent)
+    left_s = (left > 0) * roofline(memory_s, left_rows * row_s, exponent)
     return full_passes * full_pass_s + left_s + (full_passes + (left > 0) - 1) * layers * pass_s
 
 

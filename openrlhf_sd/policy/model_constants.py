@@ -107,7 +107,7 @@ class ModelConstants:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ModelConstants":
+    def from_dict(cls, values: dict[str, Any]) -> ModelConstants:
         """Inverse of `to_dict`, also after a trip through JSON. Raises SelfSpecError on a missing or unknown key or a bad value."""
         if not isinstance(values, dict):
             raise SelfSpecError(f"model constants: {values!r} is not a table of fields")
