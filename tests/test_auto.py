@@ -41,7 +41,7 @@ def test_it_saves_more_than_any_constant_gamma(calibrated, acceptance):
     world, lengths = GpuLike(), long_tail(96)
     controller = AutoController(world if calibrated else None, 11)
     saved = reduction(controller, same(world), lengths, steady(acceptance))
-    learning = 0.01 if calibrated else 0.02  # without a calibration some of the rollout goes into finding out
+    learning = 0.01 if calibrated else 0.03  # without a calibration some of the rollout goes into finding out
     assert saved > best_fixed_tail_reduction(same(world), lengths, steady(acceptance)) - learning
 
 

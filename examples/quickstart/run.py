@@ -1,8 +1,8 @@
-"""The quickstart after installation: build, warm start, GRPO vanilla, GRPO with --self-spec, comparison; prints what each stage took.
+"""The quickstart after installation: build, warm start, GRPO vanilla and with --self-spec, comparison; prints what each stage took.
 
-    python examples/quickstart/run.py --out DIR [--steps 15] [--seed 0] [flags for both training runs]
+    python examples/quickstart/run.py --out DIR [--steps 15] [--seed 0] [--arms vanilla,fixed,auto] [flags for all training runs]
 
-Both arms get the same OpenRLHF flags; only `--self-spec` and the folders differ. Stages that are done are not repeated, so an
+All arms get the same OpenRLHF flags; only `--self-spec*` and the folders differ. Stages that are done are not repeated, so an
 interrupted quickstart goes on where it was; a finished one is refused rather than overwritten.
 """
 
@@ -23,8 +23,16 @@ MAX_NEW_TOKENS = 480
 CONTEXT_TOKENS = 512
 LEARNING_RATE = 2e-4
 
-ARMS = {"vanilla": (), "self_spec": ("--self-spec", "fixed", "--self-spec.gamma", "3")}
-"""Folder name -> our flags."""
+ARMS = {
+    "vanilla": (),
+    "fixed": ("--self-spec", "fixed", "--self-spec.gamma", "3"),
+    "toggle": ("--self-spec", "toggle", "--self-spec.gamma", "3"),
+    "adaptive": ("--self-spec", "adaptive", "--self-spec.ladder", "3,5,7", "--self-spec.gamma", "3"),
+    "auto": ("--self-spec", "auto"),
+}
+"""Folder name -> our flags. toggle, adaptive and auto measure this machine once before the first of them starts."""
+
+DEFAULT_ARMS = "vanilla,fixed,auto"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, the data, both runs and the page")
     parser.add_argument("--steps", type=int, default=15, help="GRPO steps of each arm")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arms", default=DEFAULT_ARMS, help=f"of {','.join(ARMS)} (default: {DEFAULT_ARMS})")
     args, more_flags = parser.parse_known_args(argv)
+    arms = args.arms.split(",")
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        parser.error(f"--arms: no arm {unknown[0]!r}; choose from {','.join(ARMS)}")
     if args.steps < 1:
         parser.error(f"--steps: {args.steps} must be at least 1")
     out = args.out.resolve()
@@ -51,14 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     stage(seconds, "model", out / "model", "build_model.py", "--seed", str(args.seed))
     warm_start = ("--model", str(out / "model"), "--seed", str(args.seed))
     stage(seconds, "warm start", out / "warm_start", "warm_start.py", *warm_start)
-    for arm, our_flags in ARMS.items():
+    for arm in arms:
         run_dir = out / arm
         if is_finished(run_dir):
             continue
         shutil.rmtree(run_dir, ignore_errors=True)
-        flags = [*our_flags, "--self-spec.run_dir", str(run_dir), *training_flags(out, args.steps, args.seed), *more_flags]
+        flags = [*ARMS[arm], "--self-spec.run_dir", str(run_dir), *training_flags(out, args.steps, args.seed), *more_flags]
         timed(seconds, f"GRPO {arm}", [sys.executable, "-m", "openrlhf_sd.launch", *flags])
-    runs = [str(out / arm) for arm in ARMS]
+    runs = [str(out / arm) for arm in arms]
     page = out / "comparison"
     timed(seconds, "comparison", [sys.executable, "-m", "openrlhf_sd.launch", "compare", *runs, "--out", str(page)])
 
@@ -68,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def training_flags(out: Path, steps: int, seed: int) -> list[str]:
-    """OpenRLHF's flags, the same for both arms."""
+    """OpenRLHF's flags, the same for all arms."""
     flags = {
         "--actor.model_name_or_path": out / "warm_start",
         "--data.prompt_dataset": out / "data" / "prompts.jsonl",

@@ -49,3 +49,15 @@ def warm_policy(tmp_path_factory) -> Path:
     ):
         subprocess.run([sys.executable, quickstart / command[0], *command[1:]], check=True)
     return folder / "warm"
+
+
+@pytest.fixture(scope="session")
+def warm_calibration(warm_policy, tmp_path_factory) -> Path:
+    """This machine's own quick calibration for that policy, as `--self-spec.calibration auto` makes it."""
+    import subprocess
+
+    command = [sys.executable, "-m", "calib.automatic", "--model", str(warm_policy)]
+    cache = str(tmp_path_factory.mktemp("calibration"))
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, "XDG_CACHE_HOME": cache})
+    assert finished.returncode == 0, finished.stderr
+    return Path(finished.stdout.strip())

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from openrlhf_sd.metrics import read_rows
 from openrlhf_sd.run_records import load_run
+from openrlhf_sd.step_ledger import TIMELINE_COLUMNS
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 STEPS = 3
@@ -20,7 +23,7 @@ PROMPTS = 8
 SAMPLES = 4
 
 
-def train(run_dir: Path, policy: Path, data: Path, *ours: str) -> Path:
+def train(run_dir: Path, policy: Path, data: Path, *ours: object) -> Path:
     command = [
         *(sys.executable, "-m", "openrlhf_sd.launch", *ours, "--self-spec.run_dir", run_dir),
         *("--actor.model_name_or_path", policy, "--reward.remote_url", QUICKSTART / "reward.py"),
@@ -31,7 +34,8 @@ def train(run_dir: Path, policy: Path, data: Path, *ours: str) -> Path:
         *("--vllm.num_engines", 1, "--vllm.enforce_eager", "--vllm.gpu_memory_utilization", 0.3),
         *("--actor.num_gpus_per_node", 1, "--ref.num_gpus_per_node", 1, "--ds.attn_implementation", "sdpa"),
         *("--algo.advantage.estimator", "group_norm", "--algo.advantage.is_correction_level", "token"),
-        *("--algo.kl.init_coef", 0, "--actor.adam.lr", 2e-4, "--ckpt.output_dir", run_dir / "ckpt"),
+        *("--algo.kl.init_coef", 0, "--actor.adam.lr", 2e-4, "--ckpt.output_dir", run_dir / "trained"),
+        *("--ckpt.path", run_dir / "ckpt"),
     ]
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-3000:]
@@ -39,14 +43,22 @@ def train(run_dir: Path, policy: Path, data: Path, *ours: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(warm_policy, tmp_path_factory) -> dict[str, Path]:
+def runs(warm_policy, warm_calibration, tmp_path_factory) -> dict[str, Path]:
+    """`adaptive` is made sure to speculate (margin 0.0, a ladder low enough for this CPU is no promise of speed); `auto` evaluates and
+    saves checkpoints in between."""
     folder = tmp_path_factory.mktemp("grpo")
     subprocess.run([sys.executable, QUICKSTART / "task.py", "--out", folder], check=True)
     return {
         "vanilla": train(folder / "vanilla", warm_policy, folder),
         "fixed": train(folder / "fixed", warm_policy, folder, "--self-spec", "fixed", "--self-spec.gamma", "3"),
         "adaptive": train(
-            folder / "adaptive", warm_policy, folder, "--self-spec", "adaptive", "--self-spec.toggle_batch", "16"
+            *(folder / "adaptive", warm_policy, folder, "--self-spec", "adaptive", "--self-spec.calibration", warm_calibration),
+            *("--self-spec.ladder", "1,2,3", "--self-spec.gamma", 1, "--self-spec.ramp_up", 16, "--self-spec.margin", 0),
+        ),
+        "auto": train(
+            *(folder / "auto", warm_policy, folder, "--self-spec", "auto", "--self-spec.calibration", warm_calibration),
+            *("--eval.dataset", folder / "prompts.jsonl", "--eval.steps", 1, "--eval.n_samples_per_prompt", 1),
+            *("--ckpt.save_steps", 2, "--data.max_samples", STEPS * PROMPTS),
         ),
     }
 
@@ -56,7 +68,7 @@ def test_rollout_and_trainer_agree_no_worse_than_without_speculation(measured, r
     values = {arm: list(steps.values()) for arm, steps in kl.items()}
     for arm, steps in values.items():
         measured(f"GRPO, {arm}: vllm_kl per step " + ", ".join(f"{value:.1e}" for value in steps))
-    for arm in ("fixed", "adaptive"):
+    for arm in ("fixed", "adaptive", "auto"):
         assert len(values[arm]) == STEPS
         # bf16 noise: same order of magnitude, on 96 different responses
         assert mean_size(values[arm]) < 3 * mean_size(values["vanilla"]) + 1e-4
@@ -104,3 +116,44 @@ def test_provenance_and_resolved_settings(runs):
     assert provenance["status"] == "finished" and provenance["packages"]["openrlhf"] == "0.11.2"
     self_spec = json.loads((runs["fixed"] / "config.json").read_text())["self_spec"]
     assert self_spec["quant"] in ("w4", "w8a8"), "the scheme that ran, not the question"
+
+
+def test_rows_tell_what_happened_inside_the_rollout(runs):
+    for arm in ("fixed", "adaptive", "auto"):
+        for row in read_rows(runs[arm] / "metrics.jsonl")[0]:
+            assert sum(row["response_lengths"]) == row["num_output_tokens"]
+            segments = [dict(zip(TIMELINE_COLUMNS, segment)) for segment in row["timeline"]]
+            assert sum(segment["num_tokens"] for segment in segments) == row["num_output_tokens"]
+            assert sum(segment["num_steps"] for segment in segments) == row["num_steps"]
+            assert segments[-1]["last_batch"] < segments[0]["first_batch"] or len(segments) == 1
+    for row in read_rows(runs["fixed"] / "metrics.jsonl")[0]:
+        assert row["rollout/sd/toggle_step"] == 0
+
+
+def test_evaluation_counts_into_no_row(runs):
+    """Every prompt is evaluated after every step: 24 more responses, which a row would show."""
+    for row in read_rows(runs["auto"] / "metrics.jsonl")[0]:
+        assert row["num_responses"] == PROMPTS * SAMPLES
+    [events] = (runs["auto"] / "tensorboard").rglob("events.out.tfevents.*")
+    evaluated = EventAccumulator(str(events))
+    evaluated.Reload()
+    assert [event.value for event in evaluated.Scalars("eval/eval_num_samples")] == [STEPS * PROMPTS] * STEPS
+
+
+def test_a_calibrated_run_keeps_its_calibration(runs, warm_calibration):
+    assert json.loads((runs["auto"] / "calibration.json").read_text()) == json.loads(warm_calibration.read_text())
+    assert not (runs["fixed"] / "calibration.json").exists()
+
+
+def test_a_resumed_run_takes_the_controller_up_where_the_checkpoint_left_it(runs, warm_policy, warm_calibration, tmp_path):
+    states, _ = read_rows(runs["auto"] / "ckpt" / "self_spec" / "engine0.jsonl")
+    assert [state["global_step"] for state in states] == [1, 2, 3]
+    shutil.copytree(runs["auto"] / "ckpt", tmp_path / "resumed" / "ckpt")
+    resumed = train(
+        *(tmp_path / "resumed", warm_policy, runs["auto"].parent, "--self-spec", "auto"),
+        *("--self-spec.calibration", warm_calibration, "--ckpt.load_enable", "--ckpt.save_steps", 2),
+    )
+    rows, _ = read_rows(resumed / "metrics.jsonl")
+    assert len(rows) == 1, "steps 1 and 2 are in the checkpoint, step 3 was left"
+    after, _ = read_rows(resumed / "ckpt" / "self_spec" / "engine0.jsonl")
+    assert [state["global_step"] for state in after] == [1, 2, 3, 3]
