@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.config import DEFAULT_QUANT, SelfSpecError
 from openrlhf_sd.provenance import describe_machine
 
 
@@ -19,16 +19,14 @@ def has_gpu() -> bool:
 
 
 def device_name() -> str:
-    """The first GPU's name as the driver spells it; without a GPU the CPU's model name and the cores this process may use, because half
-    the cores are another machine."""
+    """The first GPU's name as the driver spells it; without a GPU the CPU's model name and the cores this process may use, because
+    half the cores are another machine."""
     machine = describe_machine()
     return machine["gpus"][0] if has_gpu() else f"{machine['cpu_model']}, {machine['num_cpus']} cores"
 
 
 def default_quant() -> str:
     """The drafter's scheme where the user names none."""
-    from openrlhf_sd.engine.args import DEFAULT_QUANT  # imports vLLM
-
     return DEFAULT_QUANT["cuda" if has_gpu() else "cpu"]
 
 
@@ -43,7 +41,9 @@ def free_bytes(tensor_parallel_size: int) -> int:
     result = subprocess.run([*command, *(["-i", visible] if visible else [])], capture_output=True, text=True)
     mebibytes = [int(line) for line in result.stdout.splitlines() if line.strip().isdecimal()]
     if len(mebibytes) < tensor_parallel_size:
-        raise SelfSpecError(f"--tensor-parallel-size: {tensor_parallel_size} is more than the {len(mebibytes)} GPUs that nvidia-smi shows")
+        raise SelfSpecError(
+            f"--tensor-parallel-size: {tensor_parallel_size} is more than the {len(mebibytes)} GPUs that nvidia-smi shows"
+        )
     return min(mebibytes[:tensor_parallel_size]) << 20
 
 

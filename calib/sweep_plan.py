@@ -1,14 +1,14 @@
 """What a sweep measures, cell by cell, and how the steps of a cell are laid out. Pure: numbers in, numbers out.
 
-A cell is a (batch, context) with its gammas. It is measured in bouts: `batch` requests are prefilled to a little below the cell's context
-and decode together until they are as much above it. A bout plays blocks, one per gamma g and rotating through the gammas, so that a
-machine that drifts hurts all alike:
+A cell is a (batch, context) with its gammas. It is measured in bouts: `batch` requests are prefilled to a little below the cell's
+context and decode together until they are as much above it. A bout plays blocks, one per gamma g and rotating through the gammas,
+so that a machine that drifts hurts all alike:
 
     gammas of the steps     0      g        g        g       0
     what the step holds   T_sd  T_sd+g*D  V_g+g*D  V_g+g*D  V_g
 
-with T_sd a plain step of the self-speculating engine, D a draft step, V_g a verify step: a step verifies what the step before it drafted
-and then drafts its own. Plain vLLM takes turns with it, bout by bout.
+with T_sd a plain step of the self-speculating engine, D a draft step, V_g a verify step: a step verifies what the step before it
+drafted and then drafts its own. Plain vLLM takes turns with it, bout by bout.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def check_fits(cells: Sequence[Cell], max_positions: int) -> None:
         if cell.request_tokens > max_positions:
             largest = _largest_context(cell, max_positions)
             raise SelfSpecError(
-                f"--seqs: {cell.context} at batch {cell.batch} grows to {cell.request_tokens} tokens while it is measured and the model has "
-                f"{max_positions} positions; " + (f"give at most {largest}" if largest else "give smaller --gammas or --batches")
+                f"--seqs: {cell.context} at batch {cell.batch} grows to {cell.request_tokens} tokens while it is measured "
+                f"and the model has {max_positions} positions; " + (f"give at most {largest}" if largest else "give smaller --gammas or --batches")
             )
 
 
@@ -148,12 +148,13 @@ def capped(cells: Iterable[Cell], max_positions: int) -> list[Cell]:
 
 def _largest_context(cell: Cell, max_positions: int) -> int | None:
     contexts = range(min(cell.context, max_positions), 0, -1)
-    return next((context for context in contexts if replace(cell, context=context).request_tokens <= max_positions), None)
+    fitting = (context for context in contexts if replace(cell, context=context).request_tokens <= max_positions)
+    return next(fitting, None)
 
 
 def quick_cells(points: Iterable[tuple[int, int, int]], gammas: Sequence[int]) -> list[Cell]:
-    """Few-shot points, (batch, context, gamma), as cells. A plain step is measured with every cell, and so is the next of `gammas` in
-    turn: beside what a cell costs to prefill, a second gamma is cheap."""
+    """Few-shot points, (batch, context, gamma), as cells. A plain step is measured with every cell, and so is the next of `gammas`
+    in turn: beside what a cell costs to prefill, a second gamma is cheap."""
     found: dict[tuple[int, int], set[int]] = {}
     for batch, context, gamma in points:
         of_cell = found.setdefault((batch, context), set())

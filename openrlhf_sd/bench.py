@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -115,9 +116,11 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
     """One scheme on one model: {"requantize_s": [...], "cells": [{"batch", "draft", "ratios", "plain_tokens_per_s", ...}]}."""
     from rich.progress import Progress
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     from openrlhf_sd import SelfSpecConfig, engine_args
     from openrlhf_sd.engine.scripted_gamma import QUALNAME
+    from openrlhf_sd.engine.step_timing import sleep_when_idle
 
     sizes = {
         "max_model_len": 512,
@@ -138,9 +141,14 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
     else:
         config = SelfSpecConfig(mode="fixed", gamma=gamma, quant=quant)
     console.print(f"[bold]{model.name}[/bold], drafter {quant}: starting two engines (under a minute)")
+    ours = engine_args(config, model) | {"scheduler_cls": QUALNAME}
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the call of sleep_when_idle
     plain = LLM(str(model), **sizes)
-    speculating = LLM(str(model), **sizes, **engine_args(config, model) | {"scheduler_cls": QUALNAME})
+    speculating = LLM(str(model), **sizes, **ours)
     try:
+        if current_platform.is_cpu():
+            for engine in (plain, speculating):
+                engine.collective_rpc(sleep_when_idle)
         requantize_s = [speculating.collective_rpc("self_spec_requantize_checkpoint")[0] for _ in range(3)]
         cells = [
             {"batch": batch, "draft": draft, "ratios": [], "plain_tokens_per_s": [], "tokens_per_s": [], "accepted": [0, 0]}

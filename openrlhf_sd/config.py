@@ -29,6 +29,9 @@ none: an unquantized copy, accepted 100% by construction; for tests of exactness
 MAX_GAMMA = 16
 """The paper sweeps to 15. vLLM's rejection sampler allows 128, but each unit costs draft slots for every request."""
 
+DEFAULT_QUANT = {"cpu": "w8a8", "cuda": "w4"}
+"""By measurement: README, section "Speed on a CPU". CUDA: the paper's scheme; not measured by us yet."""
+
 DEFAULT_GROUP_SIZE = 128
 
 

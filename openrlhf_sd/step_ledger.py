@@ -12,6 +12,10 @@ MAX_SEGMENTS = 400
 """Beyond it a timeline is coarsened: it is for looking at, and it travels in every row of metrics.jsonl."""
 
 
+CONTEXT_GRAIN = 64
+"""Tokens: a prediction serves all contexts of such a stretch."""
+
+
 @dataclass
 class Segment:
     """Consecutive steps with one gamma."""
@@ -48,6 +52,7 @@ class StepLedger:
     def __init__(self, costs: StepCosts | None) -> None:
         self._costs = costs
         self._segments: list[Segment] = []
+        self._predictions: dict[tuple[int, int, int], tuple[float, float]] = {}
         self._num_steps = 0
         self._toggle: tuple[int, int] | None = None
         self._num_draft_steps = 0
@@ -71,15 +76,24 @@ class StepLedger:
         is_steady = step.gamma_verified == step.gamma_drafted
         if self._costs is None or step.step_s is None or step.num_prefill_tokens or not step.num_decodes or not is_steady:
             return
-        gamma, batch, context = step.gamma_verified, step.num_decodes, step.mean_context
-        predicted_s = float(cycle_s(self._costs, batch, context, gamma))
+        gamma, batch = step.gamma_verified, step.num_decodes
+        plain_s, predicted_s = self._predict(batch, int(step.mean_context) // CONTEXT_GRAIN, gamma)
         if gamma:
             self._speculative_measured_s += step.step_s
             self._speculative_predicted_s += predicted_s
-            self._replaced_s += float(self._costs.target_step_s(batch, context)) * num_tokens / batch
+            self._replaced_s += plain_s * num_tokens / batch
         else:
             self._plain_measured_s += step.step_s
             self._plain_predicted_s += predicted_s
+
+    def _predict(self, batch: int, rounded_context: int, gamma: int) -> tuple[float, float]:
+        """Seconds of a plain step and of a cycle. Kept: a step of a small model is a millisecond, and this would be a percent of it."""
+        key = (batch, rounded_context, gamma)
+        if key not in self._predictions:
+            context = (rounded_context + 0.5) * CONTEXT_GRAIN
+            plain_s = float(self._costs.target_step_s(batch, context))
+            self._predictions[key] = plain_s, float(cycle_s(self._costs, batch, context, gamma))
+        return self._predictions[key]
 
     def _extend_timeline(self, step: MeasuredStep, num_tokens: int) -> None:
         last = self._segments[-1] if self._segments else None

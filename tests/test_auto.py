@@ -166,3 +166,18 @@ def test_deciding_takes_microseconds(measured):
         spent_s += time.perf_counter() - started_s
     measured(f"auto: {1e6 * spent_s / num_steps:.0f} microseconds to decide and to learn from a step, 256 requests")
     assert spent_s / num_steps < 200e-6
+
+
+def test_a_calibration_that_is_wrong_about_plain_steps_is_corrected():
+    """Speculation looks good from the first step on, because plain steps are thought to take three times as long as they do."""
+
+    class SlowPlain(GpuLike):
+        def target_step_s(self, batch, context):
+            return 3 * super().target_step_s(batch, context)
+
+        def draft_step_s(self, batch, context):
+            return super().draft_step_s(batch, context) / 3
+
+    controller = AutoController(SlowPlain(), 11)
+    result = run(controller, same(GpuLike()), [2000] * 8, steady(0.5))
+    assert result.gammas.count(0) > 0.95 * len(result.gammas)

@@ -40,6 +40,8 @@ def test_signatures_we_override_are_unchanged():
         (SelfDraftProposer, DraftModelProposer, "propose"),
         (SelfDraftProposer, DraftModelProposer, "_sample_from_logits"),
         (SelfSpecScheduler, Scheduler, "schedule"),
+        (SelfSpecScheduler, Scheduler, "update_from_output"),
+        (SelfSpecScheduler, Scheduler, "set_pause_state"),
         (SelfSpecScheduler, Scheduler, "make_spec_decoding_stats"),
     ]:
         assert list(inspect.signature(getattr(ours, name)).parameters) == list(

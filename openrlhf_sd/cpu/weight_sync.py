@@ -57,7 +57,7 @@ class CpuWorkerWrap(WorkerWrap):
             raise ValueError("--vllm.sync_with_ray: vLLM's CPU worker is no Ray actor; drop it")
         rank = torch.distributed.get_rank() + rank_offset
         self._sync_group = GlooBroadcastGroup(master_address, master_port, rank, world_size)
-        _share_cores_with_trainer()
+        sleep_soon_when_idle()
 
     def update_weight(self, name: str, dtype: torch.dtype, shape: torch.Size, empty_cache: bool = False) -> None:
         """Receive one parameter of the policy from rank 0. OpenRLHF passes `empty_cache` with the last one of a
@@ -97,9 +97,9 @@ class CpuWorkerWrap(WorkerWrap):
             head.quant_method.process_weights_after_loading(head)
 
 
-def _share_cores_with_trainer() -> None:
-    """vLLM's worker polls for its next call for a second before it sleeps: a core the trainer, next in turn, is waiting
-    for.
+def sleep_soon_when_idle() -> None:
+    """vLLM's worker polls for its next call for a second before it sleeps: on a core the trainer, next in turn, is waiting
+    for, or another engine that takes turns with it in a measurement.
 
     Set on the class, over the value each instance keeps: the worker's queue exists already and is out of reach from
     here.

@@ -9,13 +9,10 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from openrlhf_sd.calibration_choice import choose_calibration
-from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
+from openrlhf_sd.config import DEFAULT_QUANT, SelfSpecConfig, SelfSpecError
 from openrlhf_sd.engine.quantize import check_group_size, default_group_size, linear_input_widths
 from openrlhf_sd.model_support import check_model
 from openrlhf_sd.policy.cost_model import CostModel
-
-DEFAULT_QUANT = {"cpu": "w8a8", "cuda": "w4"}
-"""By measurement: README, section "Speed on a CPU". CUDA: the paper's scheme; not measured by us yet."""
 
 
 def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -> SelfSpecConfig:

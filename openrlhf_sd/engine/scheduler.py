@@ -26,13 +26,13 @@ from openrlhf_sd.step_ledger import StepLedger
 
 logger = init_logger(f"vllm.{__name__}")
 
-_PlatformScheduler = Scheduler if current_platform.is_cpu() else AsyncScheduler
+PlatformScheduler = Scheduler if current_platform.is_cpu() else AsyncScheduler
 """What vLLM itself would use: a plain `Scheduler` on CUDA would lose asynchronous scheduling and rig every comparison."""
 
 core_calls.install()
 
 
-class SelfSpecScheduler(_PlatformScheduler):
+class SelfSpecScheduler(PlatformScheduler):
     """Raises RuntimeError where vLLM runs the other kind of scheduling than the platform's own."""
 
     def __init__(self, *args, **kwargs) -> None:
@@ -137,18 +137,19 @@ class SelfSpecScheduler(_PlatformScheduler):
             # host waits for the stream that the drafter was enqueued on before it.
             gamma_drafted=scheduler_output.num_spec_tokens_to_schedule,
             num_drafts=self._drafts.num_drafts,
-            num_draft_tokens_per_pos=self._drafts.num_draft_tokens_per_pos,
-            num_accepted_tokens_per_pos=self._drafts.num_accepted_tokens_per_pos,
+            num_draft_tokens_per_pos=self._drafts.num_draft_tokens_per_pos if verified else (),
+            num_accepted_tokens_per_pos=self._drafts.num_accepted_tokens_per_pos if verified else (),
         )
         # An idle engine's time is no step time either.
         self._last_output_s = now_s if self.has_unfinished_requests() else None
         self.controller.observe(step)
         self._ledger.add(step, num_tokens)
-        self._acceptance = RolloutAcceptance(
-            self._acceptance.num_drafts + self._drafts.num_drafts,
-            self._acceptance.num_draft_tokens + self._drafts.num_draft_tokens,
-            self._acceptance.num_accepted_tokens + self._drafts.num_accepted_tokens,
-        )
+        if verified:
+            self._acceptance = RolloutAcceptance(
+                self._acceptance.num_drafts + self._drafts.num_drafts,
+                self._acceptance.num_draft_tokens + self._drafts.num_draft_tokens,
+                self._acceptance.num_accepted_tokens + self._drafts.num_accepted_tokens,
+            )
         for line in self.controller.take_news():
             logger.info("self-speculation: %s", line)
 

@@ -25,9 +25,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from openrlhf_sd.config import SelfSpecConfig
-from openrlhf_sd.cpu.weight_sync import _share_cores_with_trainer
-from openrlhf_sd.engine.scheduler import SelfSpecScheduler
-from openrlhf_sd.engine.scheduler import _PlatformScheduler as PlatformScheduler
+from openrlhf_sd.cpu.weight_sync import sleep_soon_when_idle
+from openrlhf_sd.engine.scheduler import PlatformScheduler, SelfSpecScheduler
 from openrlhf_sd.policy.controller import FixedController
 from openrlhf_sd.policy.observation import StepObservation
 
@@ -117,7 +116,7 @@ class TimedSelfSpecScheduler(_StepTiming, SelfSpecScheduler):
 def sleep_when_idle(worker) -> None:
     """An RPC for CPU engines. vLLM's worker polls for its next call for a second before it sleeps, on the very core on which the
     other engine of a sweep is being timed. Under a trainer it sleeps just as soon."""
-    _share_cores_with_trainer()
+    sleep_soon_when_idle()
 
 
 PLAIN_QUALNAME = f"{__name__}.{TimedPlainScheduler.__qualname__}"

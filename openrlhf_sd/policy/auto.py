@@ -21,11 +21,14 @@ MIN_GAIN = 0.01
 MIN_STEPS_BETWEEN_CHANGES = 10
 """The optimum is flat; what looks better by a percent or two may wait for a few more measurements."""
 
+DECIDE_EVERY = 4
+"""Steps a decision stands while the batch stays: what is measured changes no faster, and a small model's step is a millisecond."""
+
 CLEAR_GAIN = 0.08
 """A change that promises this much does not wait."""
 
 TRIAL_STEPS = 5
-"""Length of a trial: the first step verifies nothing and the last drafts nothing, the three between are measured."""
+"""Length of a trial: its first step still verifies what the steps before it drafted, the others are measured."""
 
 MIN_STEPS_BETWEEN_TRIALS = 20
 """From start to start: a quarter of the steps at most, where trials are free because they hardly lose."""
@@ -37,10 +40,16 @@ TRIAL_BUDGET = 0.003
 """Share of the time that trials may lose, by the cautious view of what they cost."""
 
 FIRST_BUDGET_STEPS = 4.0
-"""Plain steps that a rollout may lose to trials before it has saved up for them."""
+"""Plain steps that a run may lose to trials before it has saved up for them. What is saved moves on to the next rollout ..."""
+
+MAX_BUDGET_STEPS = 20.0
+"""... up to this much."""
 
 DEEPER = 2
 """A trial from a gamma in use goes this much deeper at most: acceptance there is known by its neighbours only."""
+
+PLAIN_KNOWN_STEPS = 500
+"""Speculative steps after which plain ones are tried again, lest speculation goes on against a plain step that was only predicted."""
 
 KNOWN_DRAFTS = 64.0
 """Fading count of drafts that have reached a position, from which on its acceptance needs no trial."""
@@ -73,7 +82,10 @@ class AutoController:
         self._steps_since_change = MIN_STEPS_BETWEEN_CHANGES
         self._steps_since_draft = 0
         self._steps_since_trial = MIN_STEPS_BETWEEN_TRIALS
+        self._steps_since_plain = PLAIN_KNOWN_STEPS
         self._trial_steps_left = 0
+        self._batch = 0
+        self._steps_since_decision = 0
         self._budget_steps = FIRST_BUDGET_STEPS
         self._lengths: tuple[list[float], list[float]] | None = None
         self._said: set[str] = set()
@@ -85,12 +97,17 @@ class AutoController:
         batch = observation.num_decodes + observation.num_prefills
         if observation.num_decodes == 0 or not self._costs.can_decide:
             return 0
-        self._budget_steps += TRIAL_BUDGET
+        self._budget_steps = min(self._budget_steps + TRIAL_BUDGET, MAX_BUDGET_STEPS)
         self._steps_since_change += 1
         self._steps_since_trial += 1
         if self._trial_steps_left > 0:
             self._trial_steps_left -= 1
             return self._gamma
+        if batch == self._batch and self._steps_since_decision < DECIDE_EVERY:
+            self._steps_since_decision += 1
+            return self._gamma
+        self._batch = batch
+        self._steps_since_decision = 1
         self._gamma = self._choose(batch, observation.mean_context)
         return self._gamma
 
@@ -112,7 +129,12 @@ class AutoController:
     def _trial(self, batch: int, seconds: list[float], lower: list[float], upper: list[float]) -> int:
         """The gamma to go on with: a longer one for a few steps if a hopeful view promises enough, else the one in use."""
         current = self._gamma
-        if self._steps_since_trial < MIN_STEPS_BETWEEN_TRIALS or current == self._gammas[-1]:
+        if self._steps_since_trial < MIN_STEPS_BETWEEN_TRIALS:
+            return current
+        if current > 0 and self._steps_since_plain >= PLAIN_KNOWN_STEPS:
+            price = TRIAL_STEPS * max(0.0, 1 - seconds[current] / lower[current] / seconds[0])
+            return self._begin_trial(0, price)
+        if current == self._gammas[-1]:
             return current
         if current > 0 and self._acceptance.num_reached(current) >= KNOWN_DRAFTS:
             return current
@@ -125,12 +147,16 @@ class AutoController:
             return current
         gamma = next(gamma for gamma, gain in zip(longer, gains) if gain >= MOST_OF_THE_GAIN * best)
         price = TRIAL_STEPS * max(0.0, seconds[gamma] - lower[gamma] * per_token_s) / seconds[0]
+        return self._begin_trial(gamma, price)
+
+    def _begin_trial(self, gamma: int, price: float) -> int:
         if price > self._budget_steps:
-            return current
+            return self._gamma
         self._budget_steps -= price
         self._trial_steps_left = TRIAL_STEPS - 1
         self._steps_since_trial = 0
         self._steps_since_change = MIN_STEPS_BETWEEN_CHANGES  # what it shows need not wait
+        self._steps_since_decision = DECIDE_EVERY
         return gamma
 
     def _expected_lengths(self) -> tuple[list[float], list[float]]:
@@ -151,6 +177,8 @@ class AutoController:
             if self._steps_since_draft % 64 == 0:  # what was learned long ago is known less well
                 self._acceptance.fade(0.9)
                 self._lengths = None
+        is_plain = step.gamma_verified == step.gamma_drafted == 0 and step.num_prefill_tokens == 0
+        self._steps_since_plain = 0 if is_plain else self._steps_since_plain + 1
         if step.step_s is not None and step.num_prefill_tokens == 0 and step.num_decodes > 0:
             self._costs.observe(step.num_decodes, step.mean_context, step.gamma_verified, step.gamma_drafted, step.step_s)
 
@@ -159,7 +187,6 @@ class AutoController:
         self._lengths = None
         self._gamma = 0
         self._trial_steps_left = 0
-        self._budget_steps = FIRST_BUDGET_STEPS
         self._said.clear()
 
     def _say_off(self, batch: int, seconds: list[float], lower: list[float]) -> None:

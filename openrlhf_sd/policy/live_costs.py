@@ -25,6 +25,9 @@ RECENT_STEPS = 4.0
 LASTING_CHANGE = 0.12
 """Difference of the quick mean that noise of 5% per step does not make (5 sigmas), nor one stall, which counts MAX_SURPRISE."""
 
+FIRST_STEPS = 3.0
+"""Steps of a kind that are believed as they come: a calibration may be off by any factor."""
+
 _FADE, _RECENT_FADE = math.exp(-1 / MEMORY_STEPS), math.exp(-1 / RECENT_STEPS)
 
 COARSE_WEIGHT = 3.0
@@ -90,9 +93,10 @@ class LiveCosts:
         step = self._num_steps
         # Not cached: a step's own batch and context, not those of its neighbourhood.
         log_ratio = math.log(step_s / predicted_cycle_s(self._prior, batch, context, gamma))
-        expected = self._correction(batch, gamma)
-        log_ratio = min(max(log_ratio, expected - MAX_SURPRISE), expected + MAX_SURPRISE)
         kind = self._speculative if gamma else self._plain
+        if kind.weight > FIRST_STEPS:
+            expected = self._correction(batch, gamma)
+            log_ratio = min(max(log_ratio, expected - MAX_SURPRISE), expected + MAX_SURPRISE)
         kind.add(log_ratio, step)
         bucket = batch_bucket(batch)
         by_batch = self._by_batch.setdefault((gamma > 0, bucket), Correction())
