@@ -48,6 +48,12 @@ MAX_BUDGET_STEPS = 20.0
 DEEPER = 2
 """A trial from a gamma in use goes this much deeper at most: acceptance there is known by its neighbours only."""
 
+NEIGHBOUR_EXCESS = 0.04
+"""A draft length predicted to take up to this much more time per token is worth measuring once near a batch size."""
+
+MEASURED_STEPS = 2.5
+"""Fading count of steps from which on it is measured."""
+
 PLAIN_KNOWN_STEPS = 500
 """Speculative steps after which plain ones are tried again, lest speculation goes on against a plain step that was only predicted."""
 
@@ -134,6 +140,9 @@ class AutoController:
         if current > 0 and self._steps_since_plain >= PLAIN_KNOWN_STEPS:
             price = TRIAL_STEPS * max(0.0, 1 - seconds[current] / lower[current] / seconds[0])
             return self._begin_trial(0, price)
+        if current > 0 and (neighbour := self._unmeasured_neighbour(batch, seconds, lower)) is not None:
+            gamma, price = neighbour
+            return self._begin_trial(gamma, price)
         if current == self._gammas[-1]:
             return current
         if current > 0 and self._acceptance.num_reached(current) >= KNOWN_DRAFTS:
@@ -148,6 +157,18 @@ class AutoController:
         gamma = next(gamma for gamma, gain in zip(longer, gains) if gain >= MOST_OF_THE_GAIN * best)
         price = TRIAL_STEPS * max(0.0, seconds[gamma] - lower[gamma] * per_token_s) / seconds[0]
         return self._begin_trial(gamma, price)
+
+    def _unmeasured_neighbour(self, batch: int, seconds: list[float], lower: list[float]) -> tuple[int, float] | None:
+        """A draft length beside the one in use that is predicted to be about as good and was not measured near this batch size, and the
+        price of a trial: predictions are off by a few percent, so the better of the two is found by measuring."""
+        current = self._gamma
+        per_token_s = seconds[current] / lower[current]
+        for gamma in (current - 1, current + 1):
+            if 0 < gamma <= self._gammas[-1] and self._costs.num_measured_at(batch, gamma) < MEASURED_STEPS:
+                excess = seconds[gamma] / lower[gamma] / per_token_s - 1
+                if excess < NEIGHBOUR_EXCESS:
+                    return gamma, TRIAL_STEPS * max(0.0, excess) * seconds[gamma] / seconds[0]
+        return None
 
     def _begin_trial(self, gamma: int, price: float) -> int:
         if price > self._budget_steps:

@@ -55,7 +55,7 @@ def sampled(max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, **mor
     )
 
 
-def generate(llm: LLM, prompts: list[dict[str, list[int]]], params: SamplingParams) -> list[list[int]]:
+def generate(llm: LLM, prompts: list[dict[str, list[int]]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False)]
 
 

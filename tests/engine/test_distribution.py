@@ -55,13 +55,16 @@ def plain(small_vocab_policy):
         return {name: responses(llm, *setting) for name, setting in SETTINGS.items()}
 
 
-NUM_TESTS = 2 * len(SETTINGS) * len(STATISTICS)
+NUM_TESTS = 3 * len(SETTINGS) * len(STATISTICS)
 
 
-@pytest.mark.parametrize(("quant", "scheduler"), [("w4", "fixed"), ("w8a8", "random")])
+@pytest.mark.parametrize(("quant", "scheduler"), [("w4", "fixed"), ("w8a8", "random"), ("w8a8", "auto")])
 def test_same_distribution_as_plain_vllm(measured, plain, small_vocab_policy, quant, scheduler):
     overrides = {"scheduler_cls": random_gamma.QUALNAME} if scheduler == "random" else {}
-    config = SelfSpecConfig(mode="fixed", gamma=3, quant=quant)
+    if scheduler == "auto":
+        config = SelfSpecConfig(mode="auto", gamma_max=3, calibration="none", quant=quant)
+    else:
+        config = SelfSpecConfig(mode="fixed", gamma=3, quant=quant)
     with self_spec_engine(small_vocab_policy, config, seed=2, **overrides) as llm:
         for name, setting in SETTINGS.items():
             acceptance = AcceptanceSince(llm)

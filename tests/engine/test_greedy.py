@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import random_gamma
 from engines import call, generate, greedy, plain_engine, self_spec_engine, spec_decode_counts, token_prompts
@@ -52,6 +55,24 @@ def test_gamma_changing_at_every_step(measured, plain, warm_policy, quant):
         outputs = generate(llm, prompts, greedy(NUM_TOKENS))
     divergences = sum(excused_divergences(want, got) for want, got in zip(reference, outputs, strict=True))
     measured(f"gamma 0..7 at random, {quant}: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie")
+
+
+def test_auto(measured, plain, warm_policy):
+    """Uncalibrated, so that it has to try gammas out: they change within the rollout, and the batch shrinks as requests end."""
+    prompts, reference = plain
+    lengths = [16 + 80 * (index % 8 == 0) for index in range(NUM_PROMPTS)]
+    config = SelfSpecConfig(mode="auto", gamma_max=7, calibration="none", quant="w8a8")
+    with self_spec_engine(warm_policy, config) as llm:
+        outputs = generate(llm, prompts, [greedy(length) for length in lengths])
+        report = json.loads(llm.llm_engine.engine_core.call_utility("self_spec_end_rollout", 0, 0, 0))
+    gammas = [segment[0] for segment in report["timeline"]]
+    assert len(set(gammas)) > 1
+    divergences = 0
+    for want, got, length in zip(reference, outputs, lengths, strict=True):
+        assert len(got) == length
+        shortened = SimpleNamespace(token_ids=want.token_ids[:length], logprobs=want.logprobs)
+        divergences += excused_divergences(shortened, got)
+    measured(f"auto, gamma {gammas} in one rollout: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie")
 
 
 def test_up_to_the_end_of_the_context_and_gamma_0(warm_policy):
