@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from openrlhf_sd import calibration as calibration_file
 from openrlhf_sd.calibration import Calibration
-from openrlhf_sd.config import CALIBRATED_MODES, SelfSpecConfig
+from openrlhf_sd.config import CALIBRATED_MODES, SelfSpecConfig, SelfSpecError
 
 
 def choose_calibration(config: SelfSpecConfig, model: str, tensor_parallel_size: int) -> Calibration | None:
@@ -27,7 +27,10 @@ def choose_calibration(config: SelfSpecConfig, model: str, tensor_parallel_size:
 
     if config.calibration == "auto":
         return calibration_file.load(calibrate_this_machine(model, config.quant, tensor_parallel_size))
-    chosen = calibration_file.load(config.calibration)
+    try:
+        chosen = calibration_file.load(config.calibration)
+    except SelfSpecError as error:
+        raise SelfSpecError(f"--self-spec.calibration: {error}") from error
     calibration_file.check_matches(
         chosen,
         device=device_name(),

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from openrlhf_sd import launch
+from openrlhf_sd.calibration import shipped_paths
 
 TINY_CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -60,6 +61,23 @@ SPOILED = {
         # 96 input channels are no multiple of 64
         {"--self-spec": "fixed", "--self-spec.quant": "w4", "--self-spec.group_size": "64"},
         "--self-spec.group_size: 64 does not divide the input width 96",
+    ),
+    "toggle that would never start": (
+        # 4 prompts of 4 samples: 16 requests, and the guard waits for more than 32
+        {"--self-spec": "toggle", "--rollout.batch_size": "4"},
+        "--self-spec.ramp_up: toggle waits until more than 32 requests",
+    ),
+    "toggle without step times": (
+        {"--self-spec": "toggle", "--self-spec.calibration": "none"},
+        "--self-spec.calibration: toggle decides by a calibration",
+    ),
+    "missing calibration": (
+        {"--self-spec": "auto", "--self-spec.calibration": "no_such.json"},
+        "--self-spec.calibration: no_such.json: cannot be read",
+    ),
+    "calibration of another machine": (
+        {"--self-spec": "auto", "--self-spec.calibration": str(shipped_paths()[0])},
+        "--self-spec.calibration: was measured on NVIDIA A100",
     ),
     "LoRA with self-speculation": ({"--self-spec": "fixed", "--ds.lora.rank": "8"}, "--ds.lora.rank: does not work"),
     "no engine": ({"--self-spec": "fixed", "--vllm.num_engines": "0"}, "--vllm.num_engines:"),

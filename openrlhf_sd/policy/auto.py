@@ -36,8 +36,8 @@ MIN_STEPS_BETWEEN_TRIALS = 20
 TRIAL_GAIN = 0.03
 """A trial must promise this much under the hopeful view."""
 
-TRIAL_BUDGET = 0.003
-"""Share of the time that trials may lose, by the cautious view of what they cost."""
+TRIAL_BUDGET, UNCALIBRATED_TRIAL_BUDGET = 0.001, 0.003
+"""Share of the time that trials may lose, by the cautious view of what they cost. A calibration leaves less to find out."""
 
 FIRST_BUDGET_STEPS = 4.0
 """Plain steps that a run may lose to trials before it has saved up for them. What is saved moves on to the next rollout ..."""
@@ -48,20 +48,15 @@ MAX_BUDGET_STEPS = 20.0
 DEEPER = 2
 """A trial from a gamma in use goes this much deeper at most: acceptance there is known by its neighbours only."""
 
-NEIGHBOUR_EXCESS = 0.04
-"""A draft length predicted to take up to this much more time per token is worth measuring once near a batch size."""
-
-MEASURED_STEPS = 2.5
-"""Fading count of steps from which on it is measured."""
-
 PLAIN_KNOWN_STEPS = 500
 """Speculative steps after which plain ones are tried again, lest speculation goes on against a plain step that was only predicted."""
 
 KNOWN_DRAFTS = 64.0
 """Fading count of drafts that have reached a position, from which on its acceptance needs no trial."""
 
-MOST_OF_THE_GAIN = 0.7
-"""A trial takes the shortest drafts that promise this share of the best gain: they cost least if the hope is in vain."""
+GOOD_PART_OF_THE_GAIN = 0.5
+"""A trial takes the shortest drafts that promise this share of the best gain: they cost least if the hope is in vain, and tell as much
+about the first positions."""
 
 RESPECTED_MARGIN = 0.02
 """Hopeful view of a cost not measured near this batch size: the prediction may be this much too high ..."""
@@ -83,6 +78,7 @@ class AutoController:
         self._gammas = range(gamma_max + 1)
         self._costs = LearnedCosts() if costs is None else LiveCosts(costs)
         self._hope = UNCALIBRATED_MARGIN if costs is None else RESPECTED_MARGIN
+        self._budget_per_step = UNCALIBRATED_TRIAL_BUDGET if costs is None else TRIAL_BUDGET
         self._acceptance = AcceptanceEstimate(gamma_max)
         self._gamma = 0
         self._steps_since_change = MIN_STEPS_BETWEEN_CHANGES
@@ -103,7 +99,7 @@ class AutoController:
         batch = observation.num_decodes + observation.num_prefills
         if observation.num_decodes == 0 or not self._costs.can_decide:
             return 0
-        self._budget_steps = min(self._budget_steps + TRIAL_BUDGET, MAX_BUDGET_STEPS)
+        self._budget_steps = min(self._budget_steps + self._budget_per_step, MAX_BUDGET_STEPS)
         self._steps_since_change += 1
         self._steps_since_trial += 1
         if self._trial_steps_left > 0:
@@ -140,9 +136,6 @@ class AutoController:
         if current > 0 and self._steps_since_plain >= PLAIN_KNOWN_STEPS:
             price = TRIAL_STEPS * max(0.0, 1 - seconds[current] / lower[current] / seconds[0])
             return self._begin_trial(0, price)
-        if current > 0 and (neighbour := self._unmeasured_neighbour(batch, seconds, lower)) is not None:
-            gamma, price = neighbour
-            return self._begin_trial(gamma, price)
         if current == self._gammas[-1]:
             return current
         if current > 0 and self._acceptance.num_reached(current) >= KNOWN_DRAFTS:
@@ -151,24 +144,11 @@ class AutoController:
         per_token_s = seconds[current] / lower[current]
         longer = self._gammas[current + 1 :] if current == 0 else self._gammas[current + 1 : current + 1 + DEEPER]
         gains = [per_token_s * upper[gamma] / (seconds[gamma] * hope) - 1 for gamma in longer]
-        best = max(gains)
-        if best < TRIAL_GAIN:
-            return current
-        gamma = next(gamma for gamma, gain in zip(longer, gains) if gain >= MOST_OF_THE_GAIN * best)
-        price = TRIAL_STEPS * max(0.0, seconds[gamma] - lower[gamma] * per_token_s) / seconds[0]
-        return self._begin_trial(gamma, price)
-
-    def _unmeasured_neighbour(self, batch: int, seconds: list[float], lower: list[float]) -> tuple[int, float] | None:
-        """A draft length beside the one in use that is predicted to be about as good and was not measured near this batch size, and the
-        price of a trial: predictions are off by a few percent, so the better of the two is found by measuring."""
-        current = self._gamma
-        per_token_s = seconds[current] / lower[current]
-        for gamma in (current - 1, current + 1):
-            if 0 < gamma <= self._gammas[-1] and self._costs.num_measured_at(batch, gamma) < MEASURED_STEPS:
-                excess = seconds[gamma] / lower[gamma] / per_token_s - 1
-                if excess < NEIGHBOUR_EXCESS:
-                    return gamma, TRIAL_STEPS * max(0.0, excess) * seconds[gamma] / seconds[0]
-        return None
+        for gamma, gain in zip(longer, gains):
+            if gain >= max(TRIAL_GAIN, GOOD_PART_OF_THE_GAIN * max(gains)):
+                price = TRIAL_STEPS * max(0.0, seconds[gamma] - lower[gamma] * per_token_s) / seconds[0]
+                return self._begin_trial(gamma, price)
+        return current
 
     def _begin_trial(self, gamma: int, price: float) -> int:
         if price > self._budget_steps:

@@ -85,10 +85,6 @@ class LearnedCosts:
             return self._num_speculative.get(bucket, 0)
         return self._by_batch[bucket].weight if bucket in self._by_batch else 0.0
 
-    def num_measured_at(self, batch: int, gamma: int) -> float:
-        """One line through all draft lengths: each is measured by any."""
-        return self.num_measured(batch, is_speculative=True)
-
     def _plain_s(self, batch: int) -> float:
         return self._line_s(batch) * math.exp(self._log_correction(batch))
 

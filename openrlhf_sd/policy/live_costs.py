@@ -123,13 +123,6 @@ class LiveCosts:
             return 0.0
         return correction.weight * math.exp((correction.last_step - self._num_steps) / STALE_AFTER_STEPS)
 
-    def num_measured_at(self, batch: int, gamma: int) -> float:
-        """The same for one draft length."""
-        correction = self._by_gamma.get((batch_bucket(batch), gamma))
-        if correction is None:
-            return 0.0
-        return correction.weight * math.exp((correction.last_step - self._num_steps) / STALE_AFTER_STEPS)
-
     def _correction(self, batch: int, gamma: int) -> float:
         step = self._num_steps
         own, other = (self._speculative, self._plain) if gamma else (self._plain, self._speculative)
