@@ -48,8 +48,14 @@ MAX_BUDGET_STEPS = 20.0
 DEEPER = 2
 """A trial from a gamma in use goes this much deeper at most: acceptance there is known by its neighbours only."""
 
+SURE_GAIN = 0.25
+"""A smaller gain over plain steps that were only predicted near this batch size is in doubt: small calibrations miss by 15%."""
+
+MEASURED_STEPS = 2.5
+"""Fading count of steps near a batch size from which on they count as measured there."""
+
 PLAIN_KNOWN_STEPS = 500
-"""Speculative steps after which plain ones are tried again, lest speculation goes on against a plain step that was only predicted."""
+"""Speculative steps after which plain ones are tried again wherever they were measured."""
 
 KNOWN_DRAFTS = 64.0
 """Fading count of drafts that have reached a position, from which on its acceptance needs no trial."""
@@ -133,9 +139,11 @@ class AutoController:
         current = self._gamma
         if self._steps_since_trial < MIN_STEPS_BETWEEN_TRIALS:
             return current
-        if current > 0 and self._steps_since_plain >= PLAIN_KNOWN_STEPS:
-            price = TRIAL_STEPS * max(0.0, 1 - seconds[current] / lower[current] / seconds[0])
-            return self._begin_trial(0, price)
+        if current > 0:
+            gain = seconds[0] * lower[current] / seconds[current] - 1
+            in_doubt = gain < SURE_GAIN and self._costs.num_measured(batch, is_speculative=False) < MEASURED_STEPS
+            if in_doubt or self._steps_since_plain >= PLAIN_KNOWN_STEPS:
+                return self._begin_trial(0, price=TRIAL_STEPS * max(0.0, 1 - 1 / (1 + gain)))
         if current == self._gammas[-1]:
             return current
         if current > 0 and self._acceptance.num_reached(current) >= KNOWN_DRAFTS:
