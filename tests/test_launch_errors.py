@@ -142,13 +142,13 @@ def test_a_failed_run_is_recorded_as_failed_and_its_secrets_are_not(good_flags, 
 
     monkeypatch.setattr(launch, "train", train)
     run_dir = tmp_path / "run"
-    ours = {"--self-spec": "toggle", "--self-spec.run_dir": str(run_dir)}
+    ours = {"--self-spec": "fixed", "--self-spec.run_dir": str(run_dir)}
     argv = as_argv({**good_flags, **ours, "--logger.wandb.key": "s3cret"})
     with pytest.raises(RuntimeError, match="boom"):
         launch.main(argv)
     config = json.loads((run_dir / "config.json").read_text())
     provenance = json.loads((run_dir / "provenance.json").read_text())
-    assert config["arm"] == "toggle"
+    assert config["arm"] == "fixed"
     assert config["self_spec"]["run_dir"] == str(run_dir)
     assert config["openrlhf"]["logger.tensorboard_dir"] == str(run_dir / "tensorboard")
     assert provenance["status"] == "failed"
