@@ -77,7 +77,7 @@ def calibrate_this_machine(model: str | Path, quant: str, tensor_parallel_size: 
             _say(f"calibration measured here before: {path} (delete it to measure again)")
             return path
         sweep_path = folder / f"{key}-{Path(model).resolve().name}.csv"
-        _say(f"no calibration for this machine and model yet; measuring, once, a minute or two ({sweep_path})")
+        _say(f"no calibration for this machine and model yet; measuring, once: a minute for a small model, many for a large one on a CPU ({sweep_path})")
         _sweep(model, quant, tensor_parallel_size, sweep_path)
         _fit(sweep_path, config, identity).save(path)
         _say(f"calibration measured: {path}")

@@ -64,7 +64,7 @@ GOOD_PART_OF_THE_GAIN = 0.5
 """A trial takes the shortest drafts that promise this share of the best gain: they cost least if the hope is in vain, and tell as much
 about the first positions."""
 
-RESPECTED_MARGIN = 0.02
+CALIBRATED_MARGIN = 0.02
 """Hopeful view of a cost not measured near this batch size: the prediction may be this much too high ..."""
 
 UNCALIBRATED_MARGIN = 0.3
@@ -83,7 +83,7 @@ class AutoController:
     def __init__(self, costs: StepCosts | None, gamma_max: int) -> None:
         self._gammas = range(gamma_max + 1)
         self._costs = LearnedCosts() if costs is None else LiveCosts(costs)
-        self._hope = UNCALIBRATED_MARGIN if costs is None else RESPECTED_MARGIN
+        self._hope = UNCALIBRATED_MARGIN if costs is None else CALIBRATED_MARGIN
         self._budget_per_step = UNCALIBRATED_TRIAL_BUDGET if costs is None else TRIAL_BUDGET
         self._acceptance = AcceptanceEstimate(gamma_max)
         self._gamma = 0
@@ -96,7 +96,7 @@ class AutoController:
         self._steps_since_decision = 0
         self._budget_steps = FIRST_BUDGET_STEPS
         self._lengths: tuple[list[float], list[float]] | None = None
-        self._said: set[str] = set()
+        self._has_said_off = False
         self._news: list[str] = []
 
     def next_gamma(self, observation: StepObservation) -> int:
@@ -196,13 +196,13 @@ class AutoController:
         self._lengths = None
         self._gamma = 0
         self._trial_steps_left = 0
-        self._said.clear()
+        self._has_said_off = False
 
     def _say_off(self, batch: int, seconds: list[float], lower: list[float]) -> None:
         """Once per rollout: the measurements speak against speculating where it was tried."""
-        if "off" in self._said:
+        if self._has_said_off:
             return
-        self._said.add("off")
+        self._has_said_off = True
         plain_s, speculative_s = seconds[0], seconds[self._gamma] / lower[self._gamma]
         self._news.append(
             f"speculation off at {batch} requests: measured {1e3 * speculative_s / batch:.3f} ms per token with gamma {self._gamma}, "

@@ -3,8 +3,6 @@ to its end (EfficientRollout, section on the toggle)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from openrlhf_sd.policy.observation import StepObservation
 from openrlhf_sd.policy.speedup import StepCosts, speedup
 
@@ -33,7 +31,3 @@ class Toggle:
             predicted = speedup(self._costs, batch, observation.mean_context, gamma, mean_acceptance_length)
             self._is_on = predicted >= 1 + self._margin
         return self._is_on
-
-    def state(self) -> dict[str, Any]:
-        """Nothing of it outlives a rollout."""
-        return {}

@@ -1,0 +1,57 @@
+"""Controller states beside OpenRLHF's checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+
+from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.controller_states import ControllerStates, controller_states
+
+FLAGS = {"ckpt.save_steps": 2, "ckpt.load_enable": False, "eval.dataset": None, "eval.steps": -1}
+
+
+def states_of(path, **changes):
+    return controller_states({**FLAGS, "ckpt.path": str(path), **changes}, "adaptive")
+
+
+def checkpoint(path, tag: str):
+    (path / "_actor").mkdir(parents=True)
+    (path / "_actor" / "latest").write_text(tag)
+
+
+def test_a_run_without_checkpoints_keeps_no_states(tmp_path):
+    assert states_of(tmp_path, **{"ckpt.save_steps": -1}) is None
+
+
+def test_the_state_of_the_checkpoints_step_comes_back_the_later_of_two(tmp_path):
+    new = states_of(tmp_path)
+    for step, gamma in ((1, 5), (2, 7), (3, 9), (2, 11)):  # step 2 was lived through again
+        new.save(0, step, {"gamma": gamma})
+    checkpoint(tmp_path, "global_step2")
+    assert states_of(tmp_path, **{"ckpt.load_enable": True}).load(0) == {"gamma": 11}
+
+
+@pytest.mark.parametrize("tag, step", [("global_step12", 12), ("best_global_step3", 3)])
+def test_deepspeeds_latest_names_the_step(tmp_path, tag, step):
+    checkpoint(tmp_path, tag)
+    assert states_of(tmp_path, **{"ckpt.load_enable": True}).global_step == step
+
+
+def test_what_was_not_saved_is_none(tmp_path):
+    new = states_of(tmp_path)
+    assert new.load(0) is None, "a run that starts anew"
+    new.save(0, 4, {})
+    folder = new.folder
+    assert ControllerStates(folder, 4, "toggle").load(0) is None, "another mode"
+    assert ControllerStates(folder, 5, "adaptive").load(0) is None, "another step"
+    assert ControllerStates(folder, 4, "adaptive").load(1) is None, "another engine"
+
+
+def test_loading_without_a_checkpoint_starts_anew_as_openrlhf_does(tmp_path):
+    assert states_of(tmp_path, **{"ckpt.load_enable": True}).global_step == 0
+
+
+def test_a_checkpoint_that_names_no_step_is_refused(tmp_path):
+    checkpoint(tmp_path, "final")
+    with pytest.raises(SelfSpecError, match="--ckpt.path: .* names no global_step"):
+        states_of(tmp_path, **{"ckpt.load_enable": True})
