@@ -2,7 +2,7 @@
 # The whole story on one machine, without a GPU or a download: installs, builds a small policy, warms it up, trains it with GRPO in three
 # arms (vanilla OpenRLHF, self-speculating always, self-speculating where it pays; same seed, same data) and compares them on one page.
 #     bash examples/quickstart.sh [--steps N] [--out DIR] [--venv DIR] [--arms vanilla,fixed,auto] [more flags for all training runs]
-# Hardware: 2 CPU cores, 8 GB of memory, 6 GB of disk. Wall time: see README, "Quickstart".
+# Hardware: 2 CPU cores, 8 GB of memory, 6 GB of disk. Wall time: README, "Two commands".
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 steps=15 out=$PWD/quickstart_out setup=()

@@ -14,6 +14,8 @@ QUICKSTART = Path(__file__).resolve().parent.parent / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))  # its scripts run by path, as a folder on sys.path, not as an installed package
 
 import build_model  # noqa: E402
+import prepare  # noqa: E402
+import run as quickstart  # noqa: E402
 import task  # noqa: E402
 import warm_start  # noqa: E402
 
@@ -162,3 +164,66 @@ def test_openrlhf_prompt_dataset_passes_prompt_and_label_through(tmp_path):
     assert preprocess_data(first, input_key="input", label_key="label") == (first["input"], first["label"])
     assert isinstance(first["label"], str)
     assert len((tmp_path / "eval.jsonl").read_text().splitlines()) == 2
+
+
+def test_prompts_are_made_once_with_some_to_spare(tmp_path):
+    def labels(num_prompts):
+        assert prepare.main(["--data", str(tmp_path / "data"), "--num-prompts", str(num_prompts)]) == 0
+        return [json.loads(line)["label"] for line in (tmp_path / "data" / "prompts.jsonl").open()]
+
+    first = labels(8)
+    assert len(first) == 640
+    assert labels(12) == first
+
+
+def test_prompts_of_somebody_else_are_never_replaced(tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text("one\ntwo\n")
+    assert prepare.main(["--data", str(tmp_path), "--num-prompts", "4"]) == 2
+    assert f"--data: {tmp_path} holds 2 prompts and the run needs 4" in capsys.readouterr().err
+    assert (tmp_path / "prompts.jsonl").read_text() == "one\ntwo\n"
+
+
+def test_a_data_folder_that_is_not_the_quickstarts_is_left_alone(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text("theirs")
+    assert prepare.main(["--data", str(tmp_path), "--num-prompts", "4"]) == 2
+    assert f"--data: {tmp_path} is there and has no prompts.jsonl" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Names of the quickstart's stages in the order of their starts. None is run; each leaves what the next ones look for."""
+    names = []
+
+    def run_stage(name, argv):
+        names.append(name)
+        folder = Path(argv[argv.index("--out" if "--out" in argv else "--self-spec.run_dir") + 1])
+        folder.mkdir(parents=True)
+        if name == "data":
+            (folder / "prompts.jsonl").write_text("{}\n" * int(argv[argv.index("--train") + 1]))
+        if "--self-spec.run_dir" in argv:
+            (folder / "provenance.json").write_text(json.dumps({"status": "finished", "argv": argv[3:]}))
+        return 1.0
+
+    for module in (prepare, quickstart, sys.modules["stages"]):
+        monkeypatch.setattr(module, "run_stage", run_stage)
+    monkeypatch.setattr(quickstart, "set_environment", lambda experiment: None)
+    return names
+
+
+def test_the_quickstart_prepares_trains_the_arms_and_compares_them(started, tmp_path, capsys):
+    assert quickstart.main(["--out", str(tmp_path / "out"), "--steps", "2"]) == 0
+    assert started == ["data", "model", "warm start", "vanilla", "fixed", "auto", "comparison"]
+    assert f"in all 7 s after installation; the page: {tmp_path}/out/comparison/report.html" in capsys.readouterr().out
+
+
+def test_the_quickstart_goes_on_where_it_was_and_refuses_a_finished_folder(started, tmp_path, capsys):
+    argv = ["--out", str(tmp_path / "out"), "--steps", "2", "--arms", "vanilla,auto"]
+    quickstart.main(argv)
+    (tmp_path / "out" / "comparison").rmdir()
+    (tmp_path / "out" / "auto" / "provenance.json").write_text('{"status": "failed"}')
+    started.clear()
+    assert quickstart.main(argv) == 0
+    assert started == ["auto", "comparison"]
+    assert quickstart.main(argv) == 2
+    assert "holds a finished quickstart; give another folder" in capsys.readouterr().err
