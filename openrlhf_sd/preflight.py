@@ -6,70 +6,156 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
+from openrlhf_sd.drafter_scheme import check_group_size, linear_input_widths
 from openrlhf_sd.model_support import check_model
 
 RUN_CONFIG = "config.json"
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 
+VLLM_MAX_NUM_SEQS = 128
+"""Requests that vLLM runs at once where nobody says otherwise, as OpenRLHF's actor does not (`SchedulerConfig.DEFAULT_MAX_NUM_SEQS`)."""
+
+Problems = Iterator[SelfSpecError]
+
 
 def check(config: SelfSpecConfig | None, run_dir: str | None, upstream: argparse.Namespace) -> None:
-    """Raises SelfSpecError for what is wrong with the files and flags of this run on any machine.
+    """Raises SelfSpecError for the first thing that is wrong with the files and flags of this run on any machine.
 
     Args:
         config: None for a vanilla run.
         upstream: OpenRLHF's flags, flat, dotted names.
     """
-    flags = vars(upstream)
-    if config is not None:
-        _check_self_spec(flags)
-        _check_ramp_up(config, flags)
-    model_config = _read_model_config(flags["actor.model_name_or_path"])
-    if config is not None and model_config is not None:
-        check_model(model_config, "--actor.model_name_or_path")
-        if config.group_size is not None:
-            _check_group_size(config.group_size, model_config, flags["vllm.tensor_parallel_size"])
-    _check_inputs(flags)
+    model_config = read_model_config(vars(upstream)["actor.model_name_or_path"])
+    for problem in problems(config, run_dir, upstream, model_config):
+        raise problem
     if run_dir is not None:
-        _check_run_dir(Path(run_dir))
+        _check_writable(Path(run_dir))
 
 
 def check_cpu(upstream: argparse.Namespace) -> None:
-    """Raises SelfSpecError for flags that ask for what a machine without CUDA does not have."""
-    _check_cpu_trainer(vars(upstream))
-    _check_cpu_engines(vars(upstream))
+    """Raises SelfSpecError for the first flag that asks for what a machine without CUDA does not have."""
+    for problem in cpu_problems(upstream):
+        raise problem
 
 
-def _check_self_spec(flags: dict[str, Any]) -> None:
+def problems(
+    config: SelfSpecConfig | None, run_dir: str | None, upstream: argparse.Namespace, model_config: dict[str, Any] | None
+) -> Problems:
+    """Everything that makes this run hopeless on any machine, one by one, cheapest first. Nothing is written.
+
+    Args:
+        model_config: the policy's config.json; None where only the hub knows it.
+    """
+    flags = vars(upstream)
+    yield from flag_problems(config, upstream)
+    if model_config is not None:
+        yield from _context_length(model_config, flags)
+        if config is not None:
+            yield from _drafter(config, model_config, flags["vllm.tensor_parallel_size"])
+    yield from _inputs(flags)
+    if run_dir is not None and (Path(run_dir) / RUN_CONFIG).exists():
+        yield SelfSpecError(f"--self-spec.run_dir: {run_dir} already holds a run; give another folder")
+
+
+def flag_problems(config: SelfSpecConfig | None, upstream: argparse.Namespace) -> Problems:
+    """Those of them that show in the flags alone, without the model, the data or a folder."""
+    flags = vars(upstream)
+    if config is not None:
+        yield from _self_spec(flags)
+        yield from _ramp_up(config, flags)
+    yield from _colocation(flags)
+
+
+def cpu_problems(upstream: argparse.Namespace) -> Problems:
+    """What else is hopeless on a machine without CUDA."""
+    yield from _cpu_trainer(vars(upstream))
+    yield from _cpu_engines(vars(upstream))
+
+
+def requests_per_engine(flags: dict[str, Any]) -> int:
+    """Requests of one rollout that the busiest engine gets: OpenRLHF deals out whole prompts with all their samples, evenly."""
+    prompts = flags["rollout.vllm_generate_batch_size"] or flags["rollout.batch_size"]
+    return math.ceil(prompts / flags["vllm.num_engines"]) * flags["rollout.n_samples_per_prompt"]
+
+
+def requests_at_once(flags: dict[str, Any]) -> int:
+    """Of those, how many vLLM runs at the same time at most."""
+    return min(requests_per_engine(flags), VLLM_MAX_NUM_SEQS)
+
+
+def _self_spec(flags: dict[str, Any]) -> Problems:
     if flags["ds.lora.rank"] > 0:
-        raise SelfSpecError(
+        yield SelfSpecError(
             "--ds.lora.rank: does not work with --self-spec, because OpenRLHF's weight sync sends adapters "
             "the engine cannot load; train without LoRA"
         )
     if not flags["vllm.num_engines"]:
-        raise SelfSpecError("--vllm.num_engines: --self-spec speculates inside vLLM engines; give at least 1")
+        yield SelfSpecError("--vllm.num_engines: --self-spec speculates inside vLLM engines; give at least 1")
 
 
-def _check_ramp_up(config: SelfSpecConfig, flags: dict[str, Any]) -> None:
-    if config.mode not in ("toggle", "adaptive"):
+def _ramp_up(config: SelfSpecConfig, flags: dict[str, Any]) -> Problems:
+    if config.mode not in ("toggle", "adaptive") or not flags["vllm.num_engines"]:
         return
-    prompts = flags["rollout.vllm_generate_batch_size"] or flags["rollout.batch_size"]
-    per_engine = math.ceil(prompts * flags["rollout.n_samples_per_prompt"] / flags["vllm.num_engines"])
-    if per_engine <= config.ramp_up:
-        raise SelfSpecError(
-            f"--self-spec.ramp_up: {config.mode} waits until more than {config.ramp_up} requests have decoded at once, and an engine of this "
-            f"run gets {per_engine}, so it would never speculate; give --self-spec.ramp_up {per_engine // 2} or less"
+    at_once = requests_at_once(flags)
+    if at_once <= config.ramp_up:
+        yield SelfSpecError(
+            f"--self-spec.ramp_up: {config.mode} waits until more than {config.ramp_up} requests have decoded at once, and an engine of "
+            f"this run decodes {at_once} at most, so it would never speculate; give --self-spec.ramp_up {at_once // 2} or less"
         )
 
 
-def _check_cpu_trainer(flags: dict[str, Any]) -> None:
+def _colocation(flags: dict[str, Any]) -> Problems:
+    """What OpenRLHF asserts when Ray has started already."""
+    actor_gpus, ref_gpus = ((flags[f"{role}.num_nodes"], flags[f"{role}.num_gpus_per_node"]) for role in ("actor", "ref"))
+    if flags["train.colocate_all"] and not flags["train.async_enable"] and flags["vllm.num_engines"]:
+        engine_gpus = flags["vllm.num_engines"] * flags["vllm.tensor_parallel_size"]
+        if math.prod(actor_gpus) != engine_gpus:
+            yield SelfSpecError(
+                f"--train.colocate_all: puts the engines on the actor's GPUs, but the actor has {math.prod(actor_gpus)} (--actor.num_nodes "
+                f"x --actor.num_gpus_per_node) and the engines {engine_gpus} (--vllm.num_engines x --vllm.tensor_parallel_size); make them "
+                "equal"
+            )
+    colocates_ref = flags["train.colocate_all"] or flags["train.colocate_actor_ref"]
+    if colocates_ref and flags["algo.kl.init_coef"] > 0 and actor_gpus != ref_gpus:
+        yield SelfSpecError(
+            f"--ref.num_gpus_per_node: actor and reference share GPUs, but have {actor_gpus[0]} x {actor_gpus[1]} and {ref_gpus[0]} x "
+            f"{ref_gpus[1]} (nodes x GPUs); give the reference the actor's"
+        )
+
+
+def _context_length(model_config: dict[str, Any], flags: dict[str, Any]) -> Problems:
+    """What vLLM refuses when Ray has started already. Models whose positions are stretched by RoPE scaling are left to it."""
+    positions, longest = model_config.get("max_position_embeddings"), flags["data.max_len"]
+    rope = model_config.get("rope_scaling") or model_config.get("rope_parameters") or {}
+    is_per_layer = any(isinstance(value, dict) for value in rope.values())
+    is_stretched = is_per_layer or rope.get("rope_type", rope.get("type", "default")) != "default"
+    may_be_longer = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0" or "model_max_length" in model_config
+    if isinstance(positions, int) and longest > positions and flags["vllm.num_engines"] and not is_stretched and not may_be_longer:
+        yield SelfSpecError(
+            f"--data.max_len: prompt and response may take {longest} tokens, but the model has {positions} positions and vLLM refuses "
+            f"more; give {positions} or less, or a model with a longer context"
+        )
+
+
+def _drafter(config: SelfSpecConfig, model_config: dict[str, Any], tensor_parallel_size: int) -> Problems:
+    try:
+        check_model(model_config, "--actor.model_name_or_path")
+        if config.group_size is not None:
+            check_group_size(config.group_size, linear_input_widths(SimpleNamespace(**model_config), tensor_parallel_size))
+    except SelfSpecError as problem:
+        yield problem
+
+
+def _cpu_trainer(flags: dict[str, Any]) -> Problems:
     attention = flags["ds.attn_implementation"]
     if attention not in ("sdpa", "eager"):
-        raise SelfSpecError(f"--ds.attn_implementation: {attention} needs a GPU and there is none; use sdpa or eager")
+        yield SelfSpecError(f"--ds.attn_implementation: {attention} needs a GPU and there is none; use sdpa or eager")
     needs_flash_attention = {
         "--ds.packing_samples": flags["ds.packing_samples"],
         "--train.dynamic_batch_enable": flags["train.dynamic_batch_enable"],
@@ -82,32 +168,32 @@ def _check_cpu_trainer(flags: dict[str, Any]) -> None:
     }
     for flag, given in needs_flash_attention.items():
         if given:
-            raise SelfSpecError(f"{flag}: packs samples with flash-attn, which needs a GPU and there is none; drop it")
+            yield SelfSpecError(f"{flag}: packs samples with flash-attn, which needs a GPU and there is none; drop it")
     for flag, given in needs_cuda_kernels.items():
         if given:
-            raise SelfSpecError(f"{flag}: needs CUDA kernels and there is no GPU; drop it")
+            yield SelfSpecError(f"{flag}: needs CUDA kernels and there is no GPU; drop it")
 
 
-def _check_cpu_engines(flags: dict[str, Any]) -> None:
+def _cpu_engines(flags: dict[str, Any]) -> Problems:
     if flags["vllm.sync_with_ray"]:
-        raise SelfSpecError(
+        yield SelfSpecError(
             "--vllm.sync_with_ray: vLLM's CPU worker is no Ray actor, Ray cannot send it weights; drop it"
         )
     if flags["vllm.tensor_parallel_size"] > 1:
-        raise SelfSpecError(
+        yield SelfSpecError(
             "--vllm.tensor_parallel_size: one engine uses the cores of this machine already; "
             "use 1, or more --vllm.num_engines"
         )
     if flags["vllm.enable_sleep"] and flags["train.colocate_all"]:
-        raise SelfSpecError("--vllm.enable_sleep: vLLM cannot sleep on the CPU; drop it")
+        yield SelfSpecError("--vllm.enable_sleep: vLLM cannot sleep on the CPU; drop it")
     if flags["train.colocate_all"] and flags["vllm.sync_backend"] == "nccl":
-        raise SelfSpecError(
+        yield SelfSpecError(
             "--train.colocate_all: hands weights over by CUDA IPC and there is no GPU; add --vllm.sync_backend gloo"
         )
 
 
-def _read_model_config(model: str | None) -> dict[str, Any] | None:
-    """config.json of the model, or None for a name that only the hub knows."""
+def read_model_config(model: str | None) -> dict[str, Any] | None:
+    """config.json of the model, or None for a name that only the hub knows. Raises SelfSpecError when there is none to be had."""
     flag = "--actor.model_name_or_path"
     if model is None:
         raise SelfSpecError(f"{flag}: missing; give the folder of the policy to train")
@@ -117,46 +203,44 @@ def _read_model_config(model: str | None) -> dict[str, Any] | None:
         if looks_like_path or os.environ.get("HF_HUB_OFFLINE") == "1":
             raise SelfSpecError(f"{flag}: no folder {model}; give the folder that holds the model's {RUN_CONFIG}")
         return None
-    path = folder / "config.json"
+    return load_model_config(folder / RUN_CONFIG)
+
+
+def load_model_config(path: Path) -> dict[str, Any]:
+    """Raises SelfSpecError when the file holds no JSON object."""
+    flag, mend = "--actor.model_name_or_path", "give the folder of a Hugging Face model"
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise SelfSpecError(f"{flag}: cannot read {path} ({error}); give the folder of a Hugging Face model") from error
+        model_config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SelfSpecError(f"{flag}: cannot read {path} ({error}); {mend}") from error
+    if not isinstance(model_config, dict):
+        raise SelfSpecError(f"{flag}: {path} holds no JSON object; {mend}")
+    return model_config
 
 
-def _check_group_size(group_size: int, model_config: dict[str, Any], tensor_parallel_size: int) -> None:
-    # Imports torch, a second or two: the price of having the rule in one place. Without --self-spec.group_size it is
-    # not paid.
-    from openrlhf_sd.engine.quantize import check_group_size, linear_input_widths
-
-    check_group_size(group_size, linear_input_widths(SimpleNamespace(**model_config), tensor_parallel_size))
-
-
-def _check_inputs(flags: dict[str, Any]) -> None:
+def _inputs(flags: dict[str, Any]) -> Problems:
     if not (flags["reward.remote_url"] or flags["reward.model_name_or_path"] or flags["train.agent_func_path"]):
-        raise SelfSpecError(
+        yield SelfSpecError(
             "--reward.remote_url: missing; give a .py file with a reward_func, or --reward.model_name_or_path"
         )
     for name in ("reward.remote_url", "train.agent_func_path"):
         path = flags[name]
         if path is not None and path.endswith(".py") and not Path(path).is_file():
-            raise SelfSpecError(f"--{name}: no file {path}")
+            yield SelfSpecError(f"--{name}: no file {path}")
     datasets = flags["data.prompt_dataset"]
     if datasets is None:
-        raise SelfSpecError("--data.prompt_dataset: missing; give a data set, for example prompts.jsonl")
+        yield SelfSpecError("--data.prompt_dataset: missing; give a data set, for example prompts.jsonl")
+        return
     for dataset in datasets.split(","):
         if dataset.strip().endswith(DATA_SUFFIXES) and not Path(dataset.strip()).is_file():
-            raise SelfSpecError(f"--data.prompt_dataset: no file {dataset.strip()}")
+            yield SelfSpecError(f"--data.prompt_dataset: no file {dataset.strip()}")
 
 
-def _check_run_dir(run_dir: Path) -> None:
-    flag = "--self-spec.run_dir"
-    if (run_dir / RUN_CONFIG).exists():
-        raise SelfSpecError(f"{flag}: {run_dir} already holds a run; give another folder")
+def _check_writable(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise SelfSpecError(f"{flag}: cannot write to {run_dir} ({error.strerror}); give another folder") from error
+        raise SelfSpecError(f"--self-spec.run_dir: cannot write to {run_dir} ({error.strerror}); give another folder") from error

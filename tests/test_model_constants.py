@@ -40,8 +40,14 @@ def test_weight_bytes_count_scales_and_a_bf16_head_and_no_embedding():
     # 4 bits and a 16-bit scale per 128 weights: 4.125 bits, 0.258 of bf16
     assert constants.weight_bytes("w4") == 6_525_288_448 * 4.125 / 8 + head
     assert constants.weight_bytes("w4", group_size=32) == 6_525_288_448 * 4.5 / 8 + head
-    # a byte per weight and a 2-byte scale per output: 4608 + 3584 + 37888 + 3584 = 49664 per layer
-    assert constants.weight_bytes("w8a8") == constants.weight_bytes("fp8") == 6_525_288_448 + 28 * 49664 * 2 + head
+    # a byte per weight and a float32 scale per output: 4608 + 3584 + 37888 + 3584 = 49664 per layer
+    assert constants.weight_bytes("w8a8") == constants.weight_bytes("fp8") == 6_525_288_448 + 28 * 49664 * 4 + head
+
+
+def test_a_policy_holds_its_embedding_too_unless_the_head_is_tied_to_it():
+    # Qwen2.5-7B has 7.6156e9 parameters, 7.0703e9 of them in linears and head
+    assert model_constants(QWEN).policy_bytes == 2 * (6_525_288_448 + 2 * 544_997_376)
+    assert model_constants(QWEN | {"tie_word_embeddings": True}).policy_bytes == 2 * (6_525_288_448 + 544_997_376)
 
 
 def test_a_tied_head_is_streamed_all_the_same():

@@ -13,6 +13,8 @@ from typing import Any
 from openrlhf_sd.config import DEFAULT_GROUP_SIZE, SelfSpecError
 
 BF16_BYTES = 2
+CHANNEL_SCALE_BYTES = 4
+"""Eight-bit linears keep one float32 scale per output channel (`engine/quantize.py`)."""
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
@@ -72,6 +74,11 @@ class ModelConstants:
         return outputs * inputs
 
     @property
+    def policy_bytes(self) -> int:
+        """bf16 weights in memory: what a step streams, and the input embedding where it is not the head's own matrix."""
+        return BF16_BYTES * (self.layers_parameters + self.head_parameters * (1 if self.tied_head else 2))
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in all layers, bf16."""
         return 2 * self.num_layers * self.rank_kv_heads * self.head_dim * BF16_BYTES
@@ -87,21 +94,23 @@ class ModelConstants:
         return 4 * self.num_layers * self.rank_heads * self.head_dim
 
     def weight_bytes(self, quant: str, group_size: int = DEFAULT_GROUP_SIZE) -> float:
-        """Bytes a step streams with decoder linears in scheme `quant` and the head in bf16.
+        """Bytes a step streams with decoder linears in scheme `quant` and the head in bf16. Raises SelfSpecError as `drafter_bytes`."""
+        return self.drafter_bytes(quant, group_size) + self.head_parameters * BF16_BYTES
+
+    def drafter_bytes(self, quant: str, group_size: int = DEFAULT_GROUP_SIZE) -> float:
+        """Decoder linears in scheme `quant` with their scales: all that a drafter has of its own.
 
         Raises:
             SelfSpecError: an unknown scheme.
         """
-        scales = self.num_layers * sum(outputs for outputs, _ in self.layer_linears) * BF16_BYTES
         if quant == "none":
-            layers = self.layers_parameters * BF16_BYTES
-        elif quant in ("w8a8", "w8", "fp8"):
-            layers = self.layers_parameters + scales  # one scale per output channel
-        elif quant == "w4":
-            layers = self.layers_parameters * (0.5 + BF16_BYTES / group_size)  # one scale per group of inputs
-        else:
-            raise SelfSpecError(f"quant: unknown scheme {quant!r}; choose one of w4, w8a8, fp8, none")
-        return layers + self.head_parameters * BF16_BYTES
+            return self.layers_parameters * BF16_BYTES
+        if quant in ("w8a8", "w8", "fp8"):
+            num_channels = self.num_layers * sum(outputs for outputs, _ in self.layer_linears)
+            return self.layers_parameters + num_channels * CHANNEL_SCALE_BYTES
+        if quant == "w4":
+            return self.layers_parameters * (0.5 + BF16_BYTES / group_size)  # one bf16 scale per group of inputs
+        raise SelfSpecError(f"quant: unknown scheme {quant!r}; choose one of w4, w8a8, fp8, none")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
