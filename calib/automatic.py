@@ -1,12 +1,12 @@
 """The calibration of this machine for a model: shipped, or measured here once and kept.
 
-    python -m calib.automatic --model DIR [--quant w8a8] [--tensor-parallel-size 1]        # prints the path of the calibration
+    python -m calib.automatic --model DIR [--quant w8a8] [--tensor-parallel-size 1] [--logprobs 0]        # prints the path of the calibration
 
 This is `--self-spec.calibration auto`. Without a shipped calibration for exactly this device, model, drafter and tensor-parallel
 size it runs `calib.sweep --quick` in a process of its own (a minute or two) and fits it, with a shipped calibration of another
 model on the same device as the prior if there is one. What it made lies in
 ${XDG_CACHE_HOME:-~/.cache}/openrlhf_sd/calibrations under a digest of the hardware, the model's shape, drafter, tensor-parallel
-size and versions; a change in any of them measures anew, a change in the form of the cost model fits the kept sweep anew. An
+size, logprobs and versions; a change in any of them measures anew, a change in the form of the cost model fits the kept sweep anew. An
 interrupted sweep goes on. Delete the files to measure again.
 """
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 on bad input or a sweep that fails, 130 on Ctrl-C."""
     try:
         args = _parser().parse_args(argv)
-        print(calibrate_this_machine(args.model, args.quant or default_quant(), args.tensor_parallel_size))
+        print(calibrate_this_machine(args.model, args.quant or default_quant(), args.tensor_parallel_size, args.logprobs))
     except SelfSpecError as error:
         print(f"calib.automatic: {error}", file=sys.stderr)
         return 2
@@ -51,12 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def calibrate_this_machine(model: str | Path, quant: str, tensor_parallel_size: int = 1) -> Path:
+def calibrate_this_machine(model: str | Path, quant: str, tensor_parallel_size: int = 1, logprobs: int = 0) -> Path:
     """A calibration file that matches this machine and `model`. What it does is said on stderr, one line each.
 
     Args:
         model: folder or hub name.
         quant: the drafter's resolved scheme.
+        logprobs: per sampled token that the run asks for. A shipped calibration is taken whatever it is.
 
     Raises:
         SelfSpecError: the model cannot be read or calibrated, or measuring failed; the message ends with what the sweep said.
@@ -69,8 +70,8 @@ def calibrate_this_machine(model: str | Path, quant: str, tensor_parallel_size: 
         return path
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    key = sweep_key(identity, config)
-    path = folder / f"{calibration_key(key)}.json"
+    key = sweep_key(identity, config, logprobs)
+    path = _kept_path(key)
     with _locked(folder / f"{key}.lock"):
         if path.exists():
             check_matches(load(path), model_config=config, **identity)
@@ -78,20 +79,32 @@ def calibrate_this_machine(model: str | Path, quant: str, tensor_parallel_size: 
             return path
         sweep_path = folder / f"{key}-{Path(model).resolve().name}.csv"
         _say(f"no calibration for this machine and model yet; measuring, once: a minute for a small model, many for a large one on a CPU ({sweep_path})")
-        _sweep(model, quant, tensor_parallel_size, sweep_path)
+        _sweep(model, quant, tensor_parallel_size, logprobs, sweep_path)
         _fit(sweep_path, config, identity).save(path)
         _say(f"calibration measured: {path}")
     return path
+
+
+def kept_calibration(model_config: dict[str, Any], quant: str, tensor_parallel_size: int, logprobs: int) -> Calibration | None:
+    """What `calibrate_this_machine` has measured here before; None where it would have to measure."""
+    identity = {"device": device_name(), "quant": quant, "tensor_parallel_size": tensor_parallel_size}
+    path = _kept_path(sweep_key(identity, model_config, logprobs))
+    return load(path) if path.exists() else None
+
+
+def _kept_path(key: str) -> Path:
+    return cache_folder() / f"{calibration_key(key)}.json"
 
 
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openrlhf_sd" / "calibrations"
 
 
-def sweep_key(identity: dict[str, Any], model_config: dict[str, Any]) -> str:
+def sweep_key(identity: dict[str, Any], model_config: dict[str, Any], logprobs: int) -> str:
     """Digest of everything that step times depend on."""
     ingredients = {
         **identity,
+        "logprobs": logprobs,
         "model": model_constants(model_config, identity["tensor_parallel_size"]).to_dict(),
         "versions": {package: installed_version(package) for package in ("vllm", "torch")} | {"openrlhf_sd": _own_version()},
     }
@@ -112,9 +125,9 @@ def _shipped_path(identity: dict[str, Any], model_config: dict[str, Any]) -> Pat
     return None if found is None else next(path for path in shipped_paths() if load(path) == found)
 
 
-def _sweep(model: str, quant: str, tensor_parallel_size: int, out: Path) -> None:
+def _sweep(model: str, quant: str, tensor_parallel_size: int, logprobs: int, out: Path) -> None:
     command = [sys.executable, "-m", "calib.sweep", "--model", model, "--out", str(out), "--quick", "--quant", quant]
-    command += ["--tensor-parallel-size", str(tensor_parallel_size)]
+    command += ["--tensor-parallel-size", str(tensor_parallel_size), "--logprobs", str(logprobs)]
     search_path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     # Its progress bar goes to our stderr; its own stderr holds nothing but what went wrong.
     finished = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": search_path})
@@ -169,6 +182,7 @@ def _say(text: str) -> None:
 def _parser() -> CommandParser:
     parser = CommandParser("calib.automatic", __doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name of the policy")
+    parser.add_argument("--logprobs", type=number(int, 0, 20), default=0, metavar="N", help="as in calib.sweep (default: 0)")
     parser.add_argument("--quant", choices=QUANT_SCHEMES, help="drafter weights (default: w8a8 on a CPU, w4 on a GPU)")
     parser.add_argument(
         "--tensor-parallel-size", type=number(int, 1, 64), default=1, metavar="N", help="GPUs of an engine (default: 1)"

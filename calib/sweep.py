@@ -31,6 +31,7 @@ from calib import sweep_plan
 from calib.cell_times import CellTimes
 from calib.command_line import CommandParser, number, numbers
 from calib.few_shot import few_shot_points
+from calib.quick_budget import StepEstimate, within_budget
 from calib.sweep_csv import SweepRow, append, read_rows
 from calib.sweep_plan import Cell
 from calib.taking_turns import TakingTurns
@@ -40,7 +41,10 @@ from openrlhf_sd.policy.model_constants import ModelConstants
 
 CELL_S = 4.0
 QUICK_CELL_S = 1.5
-"""Seconds a cell is measured for once MIN_ROUNDS are done."""
+"""Seconds a cell is measured for at least, once its rounds are done."""
+
+QUICK_BUDGET_S = 75.0
+"""For measuring, after the engines have started: with them a quick sweep ends within two minutes."""
 
 RESTLESS_SPREAD = 0.25
 """The median point spread over 8% on a CPU of two cores with some other work on it; medians hold up to a few times that."""
@@ -62,6 +66,7 @@ class Setting:
     tensor_parallel_size: int
     vllm: str
     prompts: str = "distinct"
+    logprobs: int = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +103,7 @@ def sweep(args: Any) -> int:
         quant=args.quant or default_quant(),
         tensor_parallel_size=args.tensor_parallel_size,
         vllm=vllm,
+        logprobs=args.logprobs,
     )
     max_positions = config.get("max_position_embeddings") or 1 << 20
     cells = planned_cells(args, has_gpu(), max_positions)
@@ -110,7 +116,7 @@ def sweep(args: Any) -> int:
     if missing:
         missing = cells_in_memory(missing, constants, setting, is_asked_for=bool(args.batches or args.seqs), console=console)
         measure(args, setting, constants.kv_bytes_per_token, missing, done, console)
-        console.print(f"{args.out}: {len(points_of(missing) - done)} points measured")
+        console.print(f"{args.out}: {len(measured_points(args.out, setting) - done)} points measured")
     return 0
 
 
@@ -144,10 +150,7 @@ def cells_in_memory(
     """
     from calib.device import free_bytes
 
-    head_bytes = 2 * constants.head_parameters
-    # The input embedding of an untied model is not in `weight_bytes`; the drafter shares head and embedding.
-    policy_bytes = constants.weight_bytes("none") + (0 if constants.tied_head else head_bytes)
-    drafter_bytes = constants.weight_bytes(setting.quant) - head_bytes
+    policy_bytes, drafter_bytes = constants.policy_bytes, constants.drafter_bytes(setting.quant)
     free = free_bytes(setting.tensor_parallel_size)
     budget = (free - 2 * policy_bytes - drafter_bytes - 2 * OVERHEAD_BYTES) / 2
     fitting = [cell for cell in cells if cell.kv_tokens * constants.kv_bytes_per_token <= budget]
@@ -210,6 +213,7 @@ def measure(
         max_model_len=max(cell.request_tokens for cell in cells),
         kv_cache_bytes=max(cell.kv_tokens for cell in cells) * kv_bytes_per_token,
         max_num_seqs=max(MAX_NUM_SEQS, *(cell.batch for cell in cells)),
+        logprobs=setting.logprobs,
     )
     drafter = SelfSpecConfig(mode="fixed", gamma=gamma_max, quant=setting.quant, calibration="none")
     # Whatever order batch and context rise in, the machine's drift must not rise with them.
@@ -222,7 +226,9 @@ def measure(
         with running(settings, dataclasses.replace(settings, drafter=drafter), args.out) as (plain, self_spec):
             progress.update(task, description="warming up")
             taking_turns = TakingTurns(plain, self_spec, QUICK_CELL_S if args.quick else CELL_S)
-            taking_turns.warm_up(cells)
+            step_seconds = taking_turns.warm_up(cells)
+            if args.quick:
+                cells = cells_in_time(cells, step_seconds, done, console)
             progress.update(task, total=sum(map(_weight, cells)))
             finished = 0.0
             for cell in cells:
@@ -243,6 +249,21 @@ def measure(
         lost = f", and {num_lost} draft steps were lost in the noise and left empty" if num_lost else ""
         console.print(f"[bold]the machine was restless[/bold]: the middle half of a point's cycles spread over {spread:.0%}{lost}; "
                       "other programs were running? Delete the file and measure again")
+
+
+def cells_in_time(
+    cells: Sequence[Cell], step_seconds: dict[int, float], done: set[tuple[int, int, int]], console: Any
+) -> list[Cell]:
+    """The quick plan, made cheaper where this machine is slow for the model, and that said. Points that are in `done` go."""
+    estimate = StepEstimate(step_seconds)
+    fitting = within_budget(cells, QUICK_BUDGET_S, estimate)
+    if fitting != cells:
+        seconds = sum(estimate.cell_s(cell) for cell in fitting)
+        console.print(
+            f"a step of one token takes {1000 * estimate.step_s(1):.0f} ms here: the quick plan is cut from {len(points_of(cells))} to "
+            f"{len(points_of(fitting))} points at shorter contexts, about {seconds:.0f} s; name --batches, --seqs and --gammas for more"
+        )
+    return missing_cells(fitting, done)
 
 
 def _weight(cell: Cell) -> float:
@@ -289,7 +310,11 @@ def _parser() -> CommandParser:
         ("--gammas", numbers(int, 1, MAX_GAMMA), "draft tokens per cycle (default: up to 5 on a CPU, 11 on a GPU)"),
     ):
         parser.add_argument(flag, type=kind, metavar="N,N", help=what)
-    parser.add_argument("--quick", action="store_true", help="24 points that a quick fit needs, instead of the three above")
+    parser.add_argument(
+        "--logprobs", type=number(int, 0, 20), default=0, metavar="N",
+        help="per sampled token; a rollout has 1 where OpenRLHF corrects for importance sampling (default: 0)",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="24 points that a quick fit needs, instead of the three above; fewer and shorter where that would take over two minutes")
     return parser
 
 

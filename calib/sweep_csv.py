@@ -9,6 +9,7 @@ Ours (`python -m calib.sweep`) is wide: one row per (batch, context, gamma), tim
     verify_step_s       the target on gamma + 1 tokens per request, no drafting
     cycle_s             a whole steady-state cycle; cycle_spread is its interquartile range over its median, num_cycles how many
     prompts             distinct, or identical (then prefix caching makes long contexts look cheap)
+    logprobs            per sampled token that steps also computed and returned, 0 for none
 
 The published one (EfficientRollout) is long: one row per (batch, seq, gamma, mode), milliseconds; its median is what we take. Rows of
 batch 0 are its own aggregates and are left out. It was taken with identical prompts and one engine per gamma, and names no device.
@@ -106,6 +107,7 @@ class SweepRow:
     tensor_parallel_size: int
     vllm: str
     prompts: str
+    logprobs: int
     batch: int
     context: int
     gamma: int
@@ -119,7 +121,7 @@ class SweepRow:
 
 
 OWN_COLUMNS = tuple(f.name for f in fields(SweepRow))
-IDENTITY_COLUMNS = ("device", "model", "quant", "tensor_parallel_size", "vllm", "prompts")
+IDENTITY_COLUMNS = ("device", "model", "quant", "tensor_parallel_size", "vllm", "prompts", "logprobs")
 
 
 def read_sweep(path: str | Path) -> Sweep:
@@ -255,6 +257,7 @@ def _own_row(cells: Cells, where: str) -> SweepRow:
         tensor_parallel_size=integer(cells, "tensor_parallel_size", where, least=1),
         vllm=text_of(cells, "vllm", where),
         prompts=prompts,
+        logprobs=integer(cells, "logprobs", where, least=0),
         batch=integer(cells, "batch", where, least=1),
         context=integer(cells, "context", where, least=1),
         gamma=gamma,

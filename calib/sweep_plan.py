@@ -49,11 +49,12 @@ class Cell:
     batch: int
     context: int
     gammas: tuple[int, ...]
+    min_rounds: int = MIN_ROUNDS
 
     @property
     def largest_growth(self) -> int:
         """Most tokens a bout may add to a request while it is timed: the context is that of the cell within a quarter."""
-        enough = MIN_ROUNDS * sum(max_growth(block(gamma)) for gamma in self.gammas) + 1
+        enough = self.min_rounds * sum(max_growth(block(gamma)) for gamma in self.gammas) + 1
         return max(min(self.context // 2, enough), max_growth([0, *block(max(self.gammas))]))
 
     @property

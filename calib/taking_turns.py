@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
 from calib import sweep_plan
 from calib.cell_times import CellTimes, TimedStep, cell_times
-from calib.sweep_plan import MIN_ROUNDS, Cell
+from calib.sweep_plan import Cell
 from calib.timing_engine import TimingEngine
 from openrlhf_sd.config import SelfSpecError
 
@@ -20,6 +22,8 @@ measured on."""
 
 MAX_CONTEXT_ERROR = 0.2
 
+WARM_UP_CONTEXT = 16
+
 
 class TakingTurns:
     """Measures cells on two engines that are both up."""
@@ -31,16 +35,27 @@ class TakingTurns:
         self._growth_share = 1.0
         """What a script really adds to a request, over what it would add if every draft were accepted."""
 
-    def warm_up(self, cells: Sequence[Cell]) -> None:
-        """First calls compile; once more at another batch, because the first shape is taken for a constant."""
-        for cell in (
-            min(cells, key=lambda cell: (cell.batch, cell.context)),
-            max(cells, key=lambda cell: (cell.batch, -cell.context)),
-        ):
-            self._turn(cell, sweep_plan.next_script(cell, sweep_plan.blocks(cell.gammas)), None)
+    def warm_up(self, cells: Sequence[Cell]) -> dict[int, float]:
+        """First calls compile; once more at another batch, because the first shape is taken for a constant. At a short context, because
+        only the batch matters for that.
+
+        Returns roughly the seconds of a step by the tokens it computes.
+        """
+        seconds = {}
+        for pick in (min, max):
+            cell = pick(cells, key=lambda cell: cell.batch)
+            cell = dataclasses.replace(cell, context=min(cell.context, WARM_UP_CONTEXT))
+            plain, self_spec = self._turn(cell, sweep_plan.next_script(cell, sweep_plan.blocks(cell.gammas)), None)
+            seconds[cell.batch] = statistics.median(step.step_s for step in plain)
+            for gamma in {step.gamma_verified for step in self_spec if step.gamma_verified and not step.gamma_drafted}:
+                verify_s = statistics.median(
+                    step.step_s for step in self_spec if (step.gamma_verified, step.gamma_drafted) == (gamma, 0)
+                )
+                seconds[cell.batch * (gamma + 1)] = verify_s
+        return seconds
 
     def measure(self, cell: Cell, report: Callable[[float], None]) -> CellTimes:
-        """Turns until the cell has had its time and MIN_ROUNDS. `report` is told the share of the cell that is done.
+        """Turns until the cell has had its time and its rounds. `report` is told the share of the cell that is done.
 
         Raises:
             SelfSpecError: the engine fails, or the context could not be held.
@@ -59,7 +74,7 @@ class TakingTurns:
             num_blocks += sweep_plan.num_blocks(script)
             num_rounds = num_blocks / len(cell.gammas)
             in_time = max((time.perf_counter() - started) / self._cell_s, num_rounds / MAX_ROUNDS)
-            share = min(num_rounds / MIN_ROUNDS, in_time)
+            share = min(num_rounds / cell.min_rounds, in_time)
             report(min(share, 1.0))
         times = cell_times(plain, self_spec, cell.gammas)
         if abs(times.mean_context - cell.context) > max(MAX_CONTEXT_ERROR * cell.context, 2):

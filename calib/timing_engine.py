@@ -47,6 +47,8 @@ class EngineSettings:
     max_model_len: int
     kv_cache_bytes: int
     max_num_seqs: int
+    logprobs: int = 0
+    """Per sampled token, as a rollout asks for them; 0 for none."""
 
     @property
     def name(self) -> str:
@@ -139,10 +141,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     connection = Connection(int(descriptor))
     llm = None
     try:
-        llm = _start(connection.recv(), Path(times_file))
+        settings = connection.recv()
+        llm = _start(settings, Path(times_file))
         connection.send((True, None))
         for number in itertools.count():
-            connection.send((True, _play(llm, number, Path(times_file), connection.recv())))
+            connection.send((True, _play(llm, number, Path(times_file), connection.recv(), settings.logprobs)))
     except EOFError:
         return 0
     except Exception as error:
@@ -176,6 +179,8 @@ def _start(settings: EngineSettings, times_file: Path) -> Any:
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
     }
+    if settings.logprobs:
+        arguments["logprobs_mode"] = "processed_logprobs"  # OpenRLHF's
     if settings.drafter is None:
         arguments |= {"scheduler_cls": step_timing.PLAIN_QUALNAME, "additional_config": {}}
     else:
@@ -188,7 +193,7 @@ def _start(settings: EngineSettings, times_file: Path) -> Any:
     return llm
 
 
-def _play(llm: Any, number: int, times_file: Path, bout: Bout) -> list[list[float]]:
+def _play(llm: Any, number: int, times_file: Path, bout: Bout, logprobs: int) -> list[list[float]]:
     from vllm import SamplingParams
 
     from openrlhf_sd.engine.step_timing import BOUT_ARG
@@ -201,6 +206,7 @@ def _play(llm: Any, number: int, times_file: Path, bout: Bout) -> list[list[floa
         max_tokens=bout.max_tokens,
         ignore_eos=True,
         detokenize=False,
+        logprobs=logprobs or None,
         extra_args={BOUT_ARG: {"bout": number, "batch": bout.batch, "gammas": bout.gammas}},
     )
     times_file.write_text("")

@@ -46,7 +46,8 @@ from openrlhf_sd.simulation.rollouts import (
 )
 from openrlhf_sd.simulation.step_times import StepTimes, from_cost_model
 from openrlhf_sd.simulation.sweep_truth import costs_of_sweep, true_step_times
-from openrlhf_sd.simulation.trace import Trace, read_trace, replay_rows
+from openrlhf_sd.simulation.tables import print_tables
+from openrlhf_sd.simulation.trace import Trace, overall_error, read_trace, replay_rows
 
 POLICIES = (PLAIN, *MODES, ORACLE)
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(document, indent=1, allow_nan=False))
     else:
-        _print_tables(document)
+        print_tables(document)
     return 0
 
 
@@ -238,48 +239,14 @@ def _replay(trace: Trace, times: StepTimes, name: str, by_seed: list[dict[str, l
         ]
         for results in by_seed
     ]
-    rows, error = replay_rows(trace, predicted_s)
-    return {"ran": trace.policy, "rollouts": rows, "overall_error": error}
-
-
-def _print_tables(document: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    table = Table(title="Rollout time saved against plain vLLM: mean over seeds, lowest..highest", title_justify="left")
-    for heading in ("policy", "after the first", "first rollout", "steps on", "gamma when on", "length", "extrapolated"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
-    for name, found in document["policies"].items():
-        table.add_row(
-            name,
-            _spread_text(found["reduction_after_first"]),
-            _spread_text(found["reduction_first"]),
-            f"{found['speculating_share']:.0%}",
-            _number_text(found["mean_gamma_when_on"]),
-            _number_text(found["mean_acceptance_length"]),
-            f"{found['extrapolated_share']:.0%}",
-        )
-    console.print(table)
-    for name, replay in document.get("replay", {}).items():
-        heading = f"Replay as {name}" + ("" if replay["ran"] in (name, None) else f" (the run was {replay['ran']})")
-        table = Table(title=heading, title_justify="left")
-        for column in ("rollout", "predicted s", "measured s", "error"):
-            table.add_column(column, justify="right")
-        for row in replay["rollouts"]:
-            error = "-" if row["error"] is None else f"{row['error']:+.1%}"
-            table.add_row(str(row["rollout"]), f"{row['predicted_s']:.3f}", _number_text(row["measured_s"], 3), error)
-        console.print(table)
-        if replay["overall_error"] is not None:
-            console.print(f"overall, predicted against measured: {replay['overall_error']:+.1%}")
-
-
-def _spread_text(spread: dict[str, Any] | None) -> str:
-    return "-" if spread is None else f"{spread['mean']:+.1%} ({spread['low']:+.1%}..{spread['high']:+.1%})"
-
-
-def _number_text(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    rows = replay_rows(trace, predicted_s)
+    return {
+        "ran": trace.policy,
+        "rollouts": rows,
+        "overall_error": overall_error(rows, "measured_s"),
+        "overall_engine_error": overall_error(rows, "engine_s"),
+        "engine_error_after_first": overall_error(rows[1:], "engine_s"),
+    }
 
 
 def _parser() -> CommandParser:

@@ -11,6 +11,8 @@ from openrlhf_sd.policy.speedup import StepCosts, cycle_s
 MAX_SEGMENTS = 400
 """Beyond it a timeline is coarsened: it is for looking at, and it travels in every row of metrics.jsonl."""
 
+MIN_PLAIN_STEPS = 10
+"""Fewer measured plain steps say nothing about how far the calibration is off: those of a ramp-up are the slow ones."""
 
 CONTEXT_GRAIN = 64
 """Tokens: a prediction serves all contexts of such a stretch."""
@@ -57,6 +59,7 @@ class StepLedger:
         self._toggle: tuple[int, int] | None = None
         self._num_draft_steps = 0
         self._gamma_sum = 0
+        self._num_plain_steps = 0
         self._plain_measured_s = 0.0
         self._plain_predicted_s = 0.0
         self._speculative_measured_s = 0.0
@@ -83,6 +86,7 @@ class StepLedger:
             self._speculative_predicted_s += predicted_s
             self._replaced_s += plain_s * num_tokens / batch
         else:
+            self._num_plain_steps += 1
             self._plain_measured_s += step.step_s
             self._plain_predicted_s += predicted_s
 
@@ -129,11 +133,12 @@ class StepLedger:
 
     def report(self) -> dict[str, Any]:
         """Keys as in metrics.jsonl. Speed-ups cover the speculating steps only, against plain decoding of the same tokens: predicted by
-        the calibration, and measured with the calibration's plain steps scaled by the plain steps this rollout has measured."""
+        the calibration, and measured with the calibration's plain steps scaled by the plain steps this rollout has measured, where those
+        are MIN_PLAIN_STEPS or more."""
         predicted = measured = None
         if self._speculative_predicted_s:
             predicted = self._replaced_s / self._speculative_predicted_s
-            if self._plain_predicted_s:
+            if self._num_plain_steps >= MIN_PLAIN_STEPS:
                 plain_scale = self._plain_measured_s / self._plain_predicted_s
                 measured = self._replaced_s * plain_scale / self._speculative_measured_s
         return {

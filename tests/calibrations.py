@@ -61,7 +61,7 @@ def make_rows(calibration, too_high=0.0, **changed):
         identity = {"device": DEVICE, "model": MODEL, "quant": "w4", "tensor_parallel_size": 1, "vllm": "0.29.0"}
         times = {"target_step_s": target_s, "draft_step_s": draft_s, "verify_step_s": verify_s}
         cycle = {"cycle_s": gamma * draft_s + verify_s}
-        point = {"batch": batch, "context": context, "gamma": gamma, "prompts": "distinct"}
+        point = {"batch": batch, "context": context, "gamma": gamma, "prompts": "distinct", "logprobs": 0}
         rows.append(SweepRow(**identity | point | times | cycle | changed))
     return rows
 

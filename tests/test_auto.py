@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from step_world import GpuLike, long_tail, run
+from step_world import CpuLike, GpuLike, long_tail, run
 
 from openrlhf_sd.calibration import load, shipped_paths
 from openrlhf_sd.config import SelfSpecConfig
@@ -64,9 +64,10 @@ def test_a_calibration_that_is_wrong_about_speculation_is_corrected(speculative_
         assert saved > best_fixed_tail_reduction(same(truth), lengths, steady(0.9)) - 0.02
 
 
-def test_acceptance_that_collapses_in_mid_rollout_turns_it_off():
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_acceptance_that_collapses_in_mid_rollout_turns_it_off(calibrated):
     world = GpuLike()
-    controller = AutoController(world, 11)
+    controller = AutoController(world if calibrated else None, 11)
     lengths = [1500] * 4
     result = run(controller, same(world), lengths, lambda step, position: 0.95 if step < 100 else 0.05)
     assert sum(gamma >= 3 for gamma in result.gammas[20:100]) >= 60
@@ -81,20 +82,22 @@ def test_acceptance_that_recovers_is_noticed():
     assert result.gammas[-1] >= 3  # a trial has found it
 
 
-def test_step_times_that_double_for_everyone_do_not_stop_it():
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_step_times_that_double_for_everyone_do_not_stop_it(calibrated):
     slow, fast = GpuLike(scale=2.0), GpuLike()
-    controller = AutoController(fast, 11)
+    controller = AutoController(fast if calibrated else None, 11)
     result = run(controller, lambda step: slow if step > 150 else fast, [1500] * 4, steady(0.95))
     assert sum(gamma >= 3 for gamma in result.gammas[250:]) > 0.9 * len(result.gammas[250:])
 
 
-def test_speculation_that_becomes_slow_is_noticed_and_said_once():
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_speculation_that_becomes_slow_is_noticed_and_said_once(calibrated):
     world, hindered = GpuLike(), GpuLike(speculative_scale=4.0)
-    controller = AutoController(world, 11)
+    controller = AutoController(world if calibrated else None, 11)
     result = run(controller, lambda step: hindered if step > 100 else world, [2500] * 4, steady(0.95))
     assert result.gammas[200:].count(0) > 0.95 * len(result.gammas[200:])
-    controller.take_news()
-    assert controller.take_news() == []
+    [line] = controller.take_news()
+    assert line.startswith("speculation off at 4 requests")
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 32, 64, 128, 256])
@@ -123,9 +126,10 @@ def test_requests_about_to_join_count():
     assert controller.next_gamma(StepObservation(4, 200.0, num_prefills=250)) == 0
 
 
-def test_prefill_bursts_are_no_step_times():
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_prefill_bursts_are_no_step_times(calibrated):
     world, lengths = GpuLike(), [1500] * 4
-    controller = AutoController(world, 11)
+    controller = AutoController(world if calibrated else None, 11)
     result = run(controller, same(world), lengths, steady(0.95), prefill_steps=lambda step: 90 if step % 5 == 0 else 0)
     assert sum(gamma >= 3 for gamma in result.gammas) > 0.9 * len(result.gammas)
 
@@ -162,12 +166,12 @@ def test_deciding_takes_microseconds(measured, mode):
     for index in range(num_steps):
         observation = StepObservation(256 - index // 10, 200.0 + 3 * index)
         step = MeasuredStep(observation.num_decodes, observation.mean_context, 0.02, 0, 3, 3, 256, (256, 250, 240), (250, 240, 230))
-        started_s = time.perf_counter()
+        started_s = time.thread_time()  # of the processor: this machine may be busy
         controller.next_gamma(observation)
         controller.observe(step)
-        spent_s += time.perf_counter() - started_s
+        spent_s += time.thread_time() - started_s
     measured(f"{mode}: {1e6 * spent_s / num_steps:.0f} microseconds to decide and to learn from a step, 256 requests")
-    assert spent_s / num_steps < 200e-6  # measured far below 50; this machine may be busy
+    assert spent_s / num_steps < 150e-6  # measured at 10 to 50; a busy machine's processor is slower too
 
 
 def test_a_calibration_that_is_wrong_about_plain_steps_is_corrected():
@@ -200,3 +204,59 @@ def test_a_gain_that_is_only_predicted_is_checked_near_every_batch_size():
     run(controller, same(FastAtFour()), [600], steady(0.75), seed=7)  # speculation at 1 request is known
     saved = reduction(controller, same(FastAtFour()), [1500] * 5, steady(0.68), noise=0.0)
     assert saved > -0.005
+
+
+def worlds_hard_to_guess():
+    class SlowDraftsWhenLarge(GpuLike):
+        """Drafts of more than 24 requests cost more than plain steps: a quantized kernel that goes over its weights again and again."""
+
+        def draft_step_s(self, batch, context):
+            return super().draft_step_s(batch, context) * (3.0 if batch > 24 else 1.0)
+
+    class Stairs(GpuLike):
+        """Every other batch size is 12% slower than the one below, in verify steps alone."""
+
+        def verify_step_s(self, batch, context, gamma):
+            return super().verify_step_s(batch, context, gamma) * (1.12 if batch % 2 else 1.0)
+
+    return [SlowDraftsWhenLarge(), Stairs(), GpuLike(scale=30.0)]
+
+
+@pytest.mark.parametrize("world", worlds_hard_to_guess(), ids=lambda world: type(world).__name__)
+def test_without_a_calibration_it_takes_most_of_the_gain_and_keeps_it(world):
+    """What a rollout teaches at large batches must not stop the next one's tail."""
+    lengths, acceptance = long_tail(96), steady(0.93)
+    plain, saved = plain_s(same(world), lengths), {}
+    for costs in (world, None):
+        controller = AutoController(costs, 11)
+        saved[costs] = [1 - run(controller, same(world), lengths, acceptance, seed=seed).seconds / plain for seed in range(6)]
+    assert sum(saved[None][1:]) > 0.7 * sum(saved[world][1:])
+    assert min(saved[None][3:]) > 0.6 * min(saved[world][3:])
+
+
+@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("world", [CpuLike(), GpuLike(speculative_scale=2.0)], ids=["cpu", "slow speculation"])
+def test_without_a_calibration_it_finds_out_cheaply_that_nothing_is_to_be_gained(world, acceptance):
+    lengths = long_tail(96)
+    controller = AutoController(None, 11)
+    plain = plain_s(same(world), lengths, noise=0.0)
+    for seed in range(4):  # the first rollout too
+        assert run(controller, same(world), lengths, steady(acceptance), noise=0.0, seed=seed).seconds < 1.005 * plain
+
+
+def test_a_batch_size_that_the_calibration_is_wrong_about_is_learned_and_remembered():
+    """7 requests are said to verify 30% slower than they do, so speculation looks like a loss there: a stair of the model that the
+    machine has not. A short trial is cheap, tells, and the next rollouts know."""
+
+    class Believed(GpuLike):
+        def verify_step_s(self, batch, context, gamma):
+            return super().verify_step_s(batch, context, gamma) * (1.3 if batch == 7 else 1.0)
+
+    truth, lengths, acceptance = GpuLike(), [3000] * 7, steady(0.75)
+    knows, learns = AutoController(truth, 11), AutoController(Believed(), 11)
+    plain = plain_s(same(truth), lengths)
+    for seed in range(3):
+        best = 1 - run(knows, same(truth), lengths, acceptance, seed=seed).seconds / plain
+        saved = 1 - run(learns, same(truth), lengths, acceptance, seed=seed).seconds / plain
+        assert saved > 0.8 * best > 0.05
+        run(learns, same(truth), [500] * 64, acceptance, seed=seed)  # and something else between

@@ -34,7 +34,7 @@ def sweeps(monkeypatch):
     """In place of measuring: a file of made-up times; the list of sweeps asked for."""
     asked = []
 
-    def sweep(model, quant, tensor_parallel_size, out):
+    def sweep(model, quant, tensor_parallel_size, logprobs, out):
         asked.append((Path(model).name, quant, tensor_parallel_size))
         time.sleep(0.05)
         write(out, make_rows(make_calibration(), device=CPU))
@@ -70,21 +70,22 @@ def test_two_callers_at_once_measure_once(model, sweeps):
 def test_another_machine_drafter_rank_count_or_shape_is_another_calibration(model):
     identity = {"device": CPU, "quant": "w4", "tensor_parallel_size": 1}
     keys = {
-        automatic.sweep_key(identity, CONFIG),
-        automatic.sweep_key({**identity, "device": "Some CPU, 4 cores"}, CONFIG),
-        automatic.sweep_key({**identity, "quant": "w8a8"}, CONFIG),
-        automatic.sweep_key({**identity, "tensor_parallel_size": 2}, CONFIG),
-        automatic.sweep_key(identity, {**CONFIG, "num_hidden_layers": 29}),
+        automatic.sweep_key(identity, CONFIG, 0),
+        automatic.sweep_key({**identity, "device": "Some CPU, 4 cores"}, CONFIG, 0),
+        automatic.sweep_key({**identity, "quant": "w8a8"}, CONFIG, 0),
+        automatic.sweep_key({**identity, "tensor_parallel_size": 2}, CONFIG, 0),
+        automatic.sweep_key(identity, CONFIG, 1),
+        automatic.sweep_key(identity, {**CONFIG, "num_hidden_layers": 29}, 0),
     }
-    assert len(keys) == 5
-    assert automatic.sweep_key(identity, {**CONFIG, "_name_or_path": "elsewhere"}) in keys
+    assert len(keys) == 6
+    assert automatic.sweep_key(identity, {**CONFIG, "_name_or_path": "elsewhere"}, 0) in keys
 
 
 def test_other_versions_measure_anew(model, monkeypatch):
     identity = {"device": CPU, "quant": "w4", "tensor_parallel_size": 1}
-    before = automatic.sweep_key(identity, CONFIG)
+    before = automatic.sweep_key(identity, CONFIG, 0)
     monkeypatch.setattr(automatic, "installed_version", lambda package: "9.9.9")
-    assert automatic.sweep_key(identity, CONFIG) != before
+    assert automatic.sweep_key(identity, CONFIG, 0) != before
 
 
 def test_a_kept_file_that_was_spoilt_is_an_error_that_names_it(model, sweeps):

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from calib.simulate_grid import Cell, failures
 from calib.sweep_csv import Timing
 from openrlhf_sd import simulator
 from openrlhf_sd.calibration import shipped_paths
@@ -385,6 +386,31 @@ def test_a_bad_lengths_file_is_an_error(tmp_path, sweep, capsys, text):
     assert str(path) in capsys.readouterr().err
 
 
+def grid_cell(auto, uncalibrated, adaptive=0.05, oracle=0.10, first=0.0):
+    saved = {"adaptive": adaptive, "auto": auto, "auto without": uncalibrated, "oracle": oracle}
+    return {
+        name: {"reduction_after_first": {"mean": mean, "low": mean}, "reduction_first": {"low": min(mean, first)}}
+        for name, mean in saved.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("cell", "found", "missed"),
+    [
+        (Cell(0, "heavy", 0.9), grid_cell(0.095, 0.067), []),
+        (Cell(0, "heavy", 0.9), grid_cell(0.095, 0.066), ["auto without under 70% of auto"]),
+        (Cell(0, "heavy", 0.85), grid_cell(0.095, 0.066), []),
+        (Cell(0, "light", 0.9), grid_cell(0.095, 0.0), []),
+        (Cell(0, "light", 0.9), grid_cell(0.089, 0.08), ["under 90% of oracle"]),
+        (Cell(0, "light", 0.9), grid_cell(0.04, 0.04, oracle=0.029), ["under adaptive"]),
+        (Cell(0, "light", 0.9), grid_cell(0.095, -0.006), ["auto without 0.6% slower than plain"]),
+        (Cell(0, "light", 0.9), grid_cell(0.095, 0.09, first=-0.007), ["auto 0.7% slower than plain", "auto without 0.7% slower than plain"]),
+    ],
+)
+def test_the_grid_says_what_auto_misses(cell, found, missed):
+    assert failures(cell, found) == missed
+
+
 # Replay
 
 
@@ -417,6 +443,17 @@ def test_a_replay_repeats_what_ran_and_is_compared_with_the_clock(tmp_path, swee
     # Only the rollout that both engines measured counts: predicted over measured, less one.
     assert replay["overall_error"] == pytest.approx(replay["rollouts"][0]["predicted_s"] / 1.0 - 1)
     assert document["policies"]["fixed"]["num_output_tokens"] == 3 * (3 + 5 + 40 + 4 + 4)  # three seeds
+
+
+def test_a_replay_is_also_compared_with_the_engine_steps_alone(tmp_path, sweep, capsys):
+    timeline = [[0, 0, 1, 2, 2, 0.25, 2], [2, 1, 3, 2, 1, 0.5, 8]]
+    rows = [trace_row(number, 0, [3, 5], 2.0) | {"timeline": timeline} for number in range(2)]
+    replay = document_of(capsys, "--sweep", sweep, "--trace", write_run(tmp_path, rows))["replay"]["fixed"]
+    assert [row["engine_s"] for row in replay["rollouts"]] == [0.75, 0.75]
+    predicted = [row["predicted_s"] for row in replay["rollouts"]]
+    assert replay["overall_engine_error"] == pytest.approx(sum(predicted) / 1.5 - 1)
+    assert replay["engine_error_after_first"] == pytest.approx(predicted[1] / 0.75 - 1)
+    assert replay["overall_error"] == pytest.approx(sum(predicted) / 4.0 - 1)
 
 
 def test_a_vanilla_run_replays_without_acceptance(tmp_path, sweep, capsys):

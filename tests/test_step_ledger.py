@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from openrlhf_sd.policy.observation import MeasuredStep
-from openrlhf_sd.step_ledger import MAX_SEGMENTS, StepLedger
+from openrlhf_sd.step_ledger import MAX_SEGMENTS, MIN_PLAIN_STEPS, StepLedger
 
 
 class Costs:
@@ -48,6 +48,9 @@ def test_what_was_not_measured_is_none():
     ledger = StepLedger(Costs())
     ledger.add(step(4, 3, 3, 2.0), 12)
     assert ledger.report()["predicted_speedup"] == 1.5 and ledger.report()["measured_speedup"] is None  # no plain step to compare with
+    for _ in range(MIN_PLAIN_STEPS - 1):
+        ledger.add(step(4, 0, 0, 1.1), 4)
+    assert ledger.report()["measured_speedup"] is None  # too few to say how far off the calibration is
     ledger = StepLedger(None)
     ledger.add(step(4, 3, 3, 2.0), 12)
     assert ledger.report()["predicted_speedup"] is None

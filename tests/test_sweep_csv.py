@@ -26,6 +26,7 @@ ROW = SweepRow(
     tensor_parallel_size=1,
     vllm="0.29.0",
     prompts="distinct",
+    logprobs=0,
     batch=4,
     context=128,
     gamma=3,
@@ -84,7 +85,7 @@ def test_columns_are_found_by_name_not_by_place(tmp_path):
 
 def test_own_row_survives_the_file_to_the_last_digit(tmp_path):
     path = tmp_path / "own.csv"
-    bare = dataclasses.replace(ROW, gamma=0, **dict.fromkeys(OWN_COLUMNS[10:]), target_step_s=0.022)
+    bare = dataclasses.replace(ROW, gamma=0, **dict.fromkeys(OWN_COLUMNS[11:]), target_step_s=0.022)
     write(path, [ROW, bare])
     assert read_rows(path) == [ROW, bare]
 
@@ -93,7 +94,7 @@ def test_own_columns_are_the_documented_ones(tmp_path):
     path = tmp_path / "own.csv"
     write(path, [ROW])
     assert path.read_text().splitlines()[0] == (
-        "device,model,quant,tensor_parallel_size,vllm,prompts,batch,context,gamma,target_step_s,target_step_sd_s,"
+        "device,model,quant,tensor_parallel_size,vllm,prompts,logprobs,batch,context,gamma,target_step_s,target_step_sd_s,"
         "draft_step_s,verify_step_s,cycle_s,cycle_spread,num_cycles"
     )
 
@@ -171,7 +172,7 @@ SPOILED_OWN = {
     "zero batch": ({"batch": "0"}, "line 2: batch is '0'"),
     "no tensor parallel": ({"tensor_parallel_size": "0"}, "line 2: tensor_parallel_size is '0'"),
     "a cycle that drafts nothing": ({"gamma": "0"}, "line 2: a draft time at gamma 0"),
-    "nothing measured": (dict.fromkeys(OWN_COLUMNS[9:], ""), "line 2: no time in it"),
+    "nothing measured": (dict.fromkeys(OWN_COLUMNS[10:], ""), "line 2: no time in it"),
 }
 
 
@@ -192,10 +193,10 @@ def test_a_spoiled_own_file_is_one_error_with_its_line(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("column", "other"), [("model", "big"), ("device", "GPU"), ("quant", "w4"), ("prompts", "identical")]
+    ("column", "other"), [("model", "big"), ("device", "GPU"), ("quant", "w4"), ("prompts", "identical"), ("logprobs", 1)]
 )
 def test_rows_of_two_machines_models_or_drafters_do_not_mix(tmp_path, column, other):
-    path = saved(tmp_path, own_text(own_cells(), own_cells(gamma="7", **{column: other})))
+    path = saved(tmp_path, own_text(own_cells(), own_cells(gamma="7", **{column: str(other)})))
     assert f"line 3: {column} {other!r} in a sweep of" in error_of(path)
 
 

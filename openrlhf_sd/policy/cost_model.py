@@ -121,11 +121,10 @@ class CostModel:
         constants = self.constants
         layer_values = 10 * constants.hidden_size + 4 * constants.intermediate_size // constants.tensor_parallel_size
         activation_bytes = BF16_BYTES * constants.num_layers * layer_values + 4 * LOGIT_PASSES * constants.head_linear[0]
-        head_bytes = BF16_BYTES * constants.head_parameters
         derived = {
-            "_draft_layers_bytes": constants.weight_bytes(self.quant) - head_bytes,
+            "_draft_layers_bytes": constants.drafter_bytes(self.quant),
             "_target_bytes": constants.weight_bytes("none"),
-            "_head_bytes": head_bytes,
+            "_head_bytes": BF16_BYTES * constants.head_parameters,
             "_kv_bytes": constants.kv_bytes_per_token,
             "_token_s": self.terms.activation_passes * activation_bytes / self.terms.stream_bytes_per_s,
             "_tile_s": self.terms.attention_tile_s * constants.num_layers * constants.head_dim / REFERENCE_HEAD_DIM,

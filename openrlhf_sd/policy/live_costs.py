@@ -1,11 +1,10 @@
 """Step times as predicted, corrected by the steps the engine itself has measured while it runs.
 
-A calibration is a prior: another driver, a neighbour on the machine or another model length move the real times. Corrections are factors
-(sums of logarithms), kept apart for plain and speculative steps, and refined from coarse to fine: all steps of the kind, the deviation of
-those near this batch size, the deviation of those with this gamma. A deviation counts as far as it has samples.
+    plain step      exp(p(B)) * T
+    cycle           exp(p(B) + k) * (V + g * D * exp(d(B)))        T, V, D as predicted; p, d, k in step_belief.py
 
-The kinds are kept apart on purpose: when steps slow down, only the kind that runs is believed to be slower, so the controller turns to
-the other one, measures it, and knows. That costs a few steps and can never leave it speculating at a loss it does not see.
+What p, d and k leave at single batch sizes and gammas are stairs, a few percent, which no neighbour shares: each has a fading mean of its
+own. A calibration is a prior that is trusted; `RoughCosts` (rough_costs.py) one that is not.
 """
 
 from __future__ import annotations
@@ -14,143 +13,173 @@ import math
 from typing import Any
 
 from openrlhf_sd.policy.speedup import StepCosts
-from openrlhf_sd.policy.speedup import cycle_s as predicted_cycle_s
+from openrlhf_sd.policy.step_belief import StepBelief, Trust
 
-MEMORY_STEPS = 24.0
-"""Samples after which an old one has faded to 1/e: step times scatter by 3 to 10%, their mean over these by 1 to 2%."""
+STAIR_STEPS = 24.0
+"""Memory of the mean at one batch size."""
 
-RECENT_STEPS = 4.0
-"""Memory of the quick mean."""
+STAIR_WEIGHT = 3.0
+"""Steps at one batch size that count as much as the curves."""
 
-LASTING_CHANGE = 0.12
-"""Difference of the quick mean that noise of 5% per step does not make (5 sigmas), nor one stall, which counts MAX_SURPRISE."""
+STAIR_SIGMA = 0.03
+"""Height of stairs, to be expected where a batch size was not measured."""
 
-FIRST_STEPS = 3.0
-"""Steps of a kind that are believed as they come: a calibration may be off by any factor."""
+STALE_AFTER_STEPS = 10_000.0
+"""Steps after which an unrefreshed stair counts for 1/e: as long as belief takes to fade, more than a rollout."""
 
-_FADE, _RECENT_FADE = math.exp(-1 / MEMORY_STEPS), math.exp(-1 / RECENT_STEPS)
+MAX_PREDICTIONS = 2_000
+"""Of the prior, kept; a rollout meets about 1,000 pairs of batch and neighbourhood of contexts."""
 
-COARSE_WEIGHT = 3.0
-"""Samples a finer correction needs to count as much as the coarser one above it."""
+MIN_PLAIN_STEPS = 3
+"""Plain steps to measure before an uncalibrated engine can compare anything with them."""
 
-MAX_SURPRISE = 0.4
-"""A step's logarithm is believed up to this far from what was expected: a stall of seconds is no step time, yet a lasting change gets
-through within a few steps."""
+ANY_GAMMA = 0
+"""Key of what the cycles of all gammas share at a batch size."""
 
-STALE_AFTER_STEPS = 1500
-"""Engine steps after which an unrefreshed fine correction counts for 1/e: the rollout has moved on."""
+_STAIR_FADE = math.exp(-1 / STAIR_STEPS)
 
 
-class Correction:
-    """Fading mean of logarithms of measured over predicted seconds. A second, quick one replaces it when a lasting change shows."""
+class LiveCosts:
+    """Seconds per step of this engine.
 
-    __slots__ = ("weight", "mean", "last_step", "_recent_weight", "_recent_mean")
+    Args:
+        gamma_max: draft lengths 0..gamma_max can be asked for.
+    """
+
+    def __init__(self, prior: StepCosts, trust: Trust, gamma_max: int) -> None:
+        self._prior = prior
+        self._trust = trust
+        self._gammas = range(1, gamma_max + 1)
+        self._scale_s = 1.0 if trust.knows_seconds else None
+        self._belief = StepBelief(trust)
+        self._plain_stairs: dict[int, _Stair] = {}
+        self._cycle_stairs: dict[int, dict[int, _Stair]] = {}
+        self._parts: dict[tuple[int, int], tuple[float, float, list[float]]] = {}
+        self._num_steps = 0
+        self._num_plain = MIN_PLAIN_STEPS if trust.knows_seconds else 0
+
+    @property
+    def can_decide(self) -> bool:
+        return self._num_plain >= MIN_PLAIN_STEPS
+
+    def observe(self, batch: int, context: float, gamma_verified: int, gamma_drafted: int, step_s: float) -> None:
+        """One step without prefills. Only whole cycles count, steps that verify as many drafts as they make."""
+        gamma = gamma_verified
+        if gamma != gamma_drafted:
+            return
+        if gamma == 0:
+            self._num_plain += 1
+        plain_s, draft_s, verify_s = self._predicted(batch, context)
+        if self._scale_s is None:
+            if gamma:
+                return
+            self._scale_s = step_s / plain_s
+        self._num_steps += 1
+        believed = self._belief.plain(batch)
+        draft_share = None
+        if gamma:
+            drafts_s = gamma * draft_s * math.exp(self._belief.draft(batch))
+            cycle_s = verify_s[gamma - 1] + drafts_s
+            draft_share = drafts_s / cycle_s
+            believed += self._belief.cycle() + math.log(cycle_s)
+        else:
+            believed += math.log(plain_s)
+        stair = self._stair(batch, gamma)
+        deviation = math.log(step_s / self._scale_s) - believed
+        surprise, has_changed = self._belief.learn(batch, draft_share, deviation, stair)
+        if has_changed:
+            (self._cycle_stairs if gamma else self._plain_stairs).clear()
+            stair = 0.0
+        self._learn_stair(batch, gamma, stair + surprise)
+
+    def _learn_stair(self, batch: int, gamma: int, deviation: float) -> None:
+        step = self._num_steps
+        if not gamma:
+            self._plain_stairs.setdefault(batch, _Stair()).add(deviation, step)
+            return
+        stairs = self._cycle_stairs.setdefault(batch, {ANY_GAMMA: _Stair()})
+        stairs[ANY_GAMMA].add(deviation, step)
+        stairs.setdefault(gamma, _Stair()).add(deviation - stairs[ANY_GAMMA].height(step), step)
+
+    def _stair(self, batch: int, gamma: int) -> float:
+        """Deviation from the curves."""
+        step = self._num_steps
+        if not gamma:
+            return self._plain_stairs[batch].height(step) if batch in self._plain_stairs else 0.0
+        stairs = self._cycle_stairs.get(batch, {})
+        return sum(stairs[key].height(step) for key in (ANY_GAMMA, gamma) if key in stairs)
+
+    def cycles_s(self, batch: int, context: float) -> list[float]:
+        """Seconds of a cycle at every gamma; at 0 of a plain step."""
+        plain_s, draft_s, verify_s = self._predicted(batch, context)
+        level_s = self._scale_s * math.exp(self._belief.plain(batch))
+        cycle_s = level_s * math.exp(self._belief.cycle())
+        draft_s *= math.exp(self._belief.draft(batch))
+        seconds = [level_s * plain_s * math.exp(self._stair(batch, 0))]
+        stairs = self._cycle_stairs.get(batch)
+        if stairs:
+            cycle_s *= math.exp(stairs[ANY_GAMMA].height(self._num_steps))
+        for gamma in self._gammas:
+            gamma_s = cycle_s * (verify_s[gamma - 1] + gamma * draft_s)
+            if stairs and gamma in stairs:
+                gamma_s *= math.exp(stairs[gamma].height(self._num_steps))
+            seconds.append(gamma_s)
+        return seconds
+
+    def sigma(self, batch: int, gamma: int) -> float:
+        """How far a cycle over a plain step may be off: standard deviation of the logarithm of their ratio."""
+        draft_share = gamma / (gamma + 2)  # a verify step takes as long as two draft steps, roughly
+        stairs = sum(STAIR_WEIGHT / (STAIR_WEIGHT + self.num_measured(batch, kind)) for kind in (False, True))
+        return math.sqrt(self._belief.ratio_variance(batch, draft_share) + STAIR_SIGMA**2 * stairs)
+
+    def num_measured(self, batch: int, is_speculative: bool) -> float:
+        """Fading count of the steps of one kind measured at this batch size."""
+        stair = self._cycle_stairs.get(batch, {}).get(ANY_GAMMA) if is_speculative else self._plain_stairs.get(batch)
+        return 0.0 if stair is None else stair.faded(self._num_steps)
+
+    def _predicted(self, batch: int, context: float) -> tuple[float, float, list[float]]:
+        """(plain, draft, verify by gamma from 1 on) of the prior, for `context` rounded to a neighbourhood of 128 tokens."""
+        key = batch, int(context) // 128
+        parts = self._parts.get(key)
+        if parts is None:
+            if len(self._parts) > MAX_PREDICTIONS:
+                self._parts.clear()
+            prior, middle = self._prior, key[1] * 128 + 64
+            verify_s = [prior.verify_step_s(batch, middle, gamma) for gamma in self._gammas]
+            parts = prior.target_step_s(batch, middle), prior.draft_step_s(batch, middle), verify_s
+            self._parts[key] = parts
+        return parts
+
+    def state(self) -> dict[str, Any]:
+        """The curves; how sure they are is learned anew, and so are stairs."""
+        return {"is_calibrated": self._trust.knows_seconds, "scale_s": self._scale_s, "curves": self._belief.means}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Raises ValueError when the state was saved with a calibration and this run has none, or the other way round."""
+        if state.get("is_calibrated") != self._trust.knows_seconds:
+            raise ValueError("the saved step times belong to a run " + ("without" if self._trust.knows_seconds else "with") + " a calibration")
+        self._scale_s = state["scale_s"]
+        self._belief.restore(state["curves"])
+
+
+class _Stair:
+    """Fading mean of deviations at one batch size, counted as far as it has steps."""
+
+    __slots__ = ("last_step", "mean", "weight")
 
     def __init__(self) -> None:
         self.weight = 0.0
         self.mean = 0.0
         self.last_step = 0
-        self._recent_weight = 0.0
-        self._recent_mean = 0.0
 
-    def add(self, log_ratio: float, step: int) -> None:
-        self.weight = self.weight * _FADE + 1
-        self.mean += (log_ratio - self.mean) / self.weight
-        self._recent_weight = self._recent_weight * _RECENT_FADE + 1
-        self._recent_mean += (log_ratio - self._recent_mean) / self._recent_weight
-        if abs(self._recent_mean - self.mean) > LASTING_CHANGE:
-            self.weight, self.mean = self._recent_weight, self._recent_mean
+    def add(self, deviation: float, step: int) -> None:
+        self.weight = self.faded(step) * _STAIR_FADE + 1
+        self.mean += (deviation - self.mean) / self.weight
         self.last_step = step
 
-    def shrunk(self, step: int) -> float:
-        """The mean as far as it has samples, fresh ones: a deviation from a coarser correction is 0 until shown."""
-        weight = self.weight * math.exp((self.last_step - step) / STALE_AFTER_STEPS)
-        return self.mean * weight / (weight + COARSE_WEIGHT)
+    def faded(self, step: int) -> float:
+        return self.weight * math.exp((self.last_step - step) / STALE_AFTER_STEPS)
 
-
-class LiveCosts:
-    """Seconds per step of this engine, from a calibration and live corrections. Without a calibration: learned_costs.py."""
-
-    def __init__(self, prior: StepCosts) -> None:
-        self._prior = prior
-        self._plain = Correction()
-        self._speculative = Correction()
-        self._by_batch: dict[tuple[bool, int], Correction] = {}
-        self._by_gamma: dict[tuple[int, int], Correction] = {}
-        self._predictions: dict[tuple[int, int, int], float] = {}
-        self._num_steps = 0
-
-    @property
-    def can_decide(self) -> bool:
-        return True
-
-    def observe(self, batch: int, context: float, gamma_verified: int, gamma_drafted: int, step_s: float) -> None:
-        """One step without prefills. Only whole cycles count, steps that verify as many drafts as they make."""
-        if gamma_verified != gamma_drafted:
-            return
-        gamma = gamma_verified
-        self._num_steps += 1
-        step = self._num_steps
-        # Not cached: a step's own batch and context, not those of its neighbourhood.
-        log_ratio = math.log(step_s / predicted_cycle_s(self._prior, batch, context, gamma))
-        kind = self._speculative if gamma else self._plain
-        if kind.weight > FIRST_STEPS:
-            expected = self._correction(batch, gamma)
-            log_ratio = min(max(log_ratio, expected - MAX_SURPRISE), expected + MAX_SURPRISE)
-        kind.add(log_ratio, step)
-        bucket = batch_bucket(batch)
-        by_batch = self._by_batch.setdefault((gamma > 0, bucket), Correction())
-        by_batch.add(log_ratio - kind.mean, step)
-        if gamma:
-            by_gamma = self._by_gamma.setdefault((bucket, gamma), Correction())
-            by_gamma.add(log_ratio - kind.mean - by_batch.shrunk(step), step)
-
-    def cycle_s(self, batch: int, context: float, gamma: int) -> float:
-        """Predicted seconds of a cycle, for `context` rounded to a neighbourhood of 128 tokens."""
-        rounded = int(context) // 128
-        key = (batch, rounded, gamma)
-        seconds = self._predictions.get(key)
-        if seconds is None:
-            if len(self._predictions) > 50_000:
-                self._predictions.clear()
-            seconds = self._predictions[key] = predicted_cycle_s(self._prior, batch, rounded * 128 + 64, gamma)
-        return seconds * math.exp(self._correction(batch, gamma))
-
-    def num_measured(self, batch: int, is_speculative: bool) -> float:
-        """Fading count of the steps of one kind measured near this batch size."""
-        correction = self._by_batch.get((is_speculative, batch_bucket(batch)))
-        if correction is None:
-            return 0.0
-        return correction.weight * math.exp((correction.last_step - self._num_steps) / STALE_AFTER_STEPS)
-
-    def _correction(self, batch: int, gamma: int) -> float:
-        step = self._num_steps
-        own, other = (self._speculative, self._plain) if gamma else (self._plain, self._speculative)
-        # A kind never measured is believed to be half as far off as the other one: a slow machine is slow at both, but then a trial
-        # of this one costs little, and tells.
-        value = own.mean if own.weight else 0.5 * other.mean
-        bucket = batch_bucket(batch)
-        fine = self._by_batch.get((gamma > 0, bucket))
-        if fine is not None:
-            value += fine.shrunk(step)
-        if gamma:
-            finest = self._by_gamma.get((bucket, gamma))
-            if finest is not None:
-                value += finest.shrunk(step)
-        return value
-
-    def state(self) -> dict[str, Any]:
-        """The coarse corrections; the fine ones are learned anew."""
-        return {
-            "plain": [self._plain.weight, self._plain.mean],
-            "speculative": [self._speculative.weight, self._speculative.mean],
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._plain.weight, self._plain.mean = state["plain"]
-        self._speculative.weight, self._speculative.mean = state["speculative"]
-
-
-def batch_bucket(batch: int) -> int:
-    """Batch sizes within a factor of about 1.4 share their fine corrections."""
-    return round(2 * math.log2(batch))
+    def height(self, step: int) -> float:
+        weight = self.faded(step)
+        return self.mean * weight / (weight + STAIR_WEIGHT)

@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def acceptance_rate(num_accepted_tokens: int | None, num_draft_tokens: int | None) -> float | None:
+    """Accepted draft tokens per draft token; None when nothing was drafted."""
+    return num_accepted_tokens / num_draft_tokens if num_draft_tokens else None
+
+
+def mean_acceptance_length(num_accepted_tokens: int | None, num_drafts: int | None) -> float | None:
+    """Tokens per draft-and-verify cycle and request, the target's own included: 1 + accepted / drafts. None without drafts."""
+    return 1 + num_accepted_tokens / num_drafts if num_drafts else None
+
+
 @dataclass(frozen=True, slots=True)
 class StepObservation:
     """What is known before a step is scheduled."""
@@ -57,10 +67,8 @@ class RolloutAcceptance:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted draft tokens per draft token; None when nothing was drafted."""
-        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
+        return acceptance_rate(self.num_accepted_tokens, self.num_draft_tokens)
 
     @property
     def mean_acceptance_length(self) -> float | None:
-        """1 + accepted / drafts; None without drafts."""
-        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
+        return mean_acceptance_length(self.num_accepted_tokens, self.num_drafts)

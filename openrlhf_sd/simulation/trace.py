@@ -14,6 +14,9 @@ from openrlhf_sd.metrics import POSITION_KEY, read_rows
 from openrlhf_sd.simulation.acceptance import AcceptanceProcess, ByPosition, Independent, conditional
 from openrlhf_sd.simulation.lengths import LENGTHS_KEY
 from openrlhf_sd.simulation.rollouts import PLAIN, EngineInput
+from openrlhf_sd.step_ledger import TIMELINE_COLUMNS
+
+SECONDS = TIMELINE_COLUMNS.index("seconds")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,10 @@ class TracedRollout:
     """Per engine."""
 
     measured_s: float | None
-    """Seconds of the slowest engine; None where one was not measured."""
+    """Seconds of the slowest engine's rollout; None where one was not measured."""
+
+    engine_s: float | None
+    """Seconds of the engine steps in it: without the front end's start and end, which no step time knows of."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,8 @@ def read_trace(path: Path, given: AcceptanceProcess | None) -> Trace:
         ]
         seconds = [row.get("timing/rollout_s") for _, row in found]
         prompts = tuple(int(_number(row, "num_prompt_tokens", path)) for _, row in found)
-        measured_s = max(seconds) if all(isinstance(value, (int, float)) and value > 0 for value in seconds) else None
-        rollouts.append(TracedRollout(rollout, tuple(engines), prompts, measured_s))
+        steps_s = [sum(segment[SECONDS] for segment in row.get("timeline") or []) for _, row in found]
+        rollouts.append(TracedRollout(rollout, tuple(engines), prompts, _slowest(seconds), _slowest(steps_s)))
     policy, config = _what_ran(path.parent / "config.json")
     return Trace(
         tuple(rollouts),
@@ -91,6 +97,10 @@ def read_trace(path: Path, given: AcceptanceProcess | None) -> Trace:
         given is not None or all(processes.values()),
         max(len(engine.lengths) for rollout in rollouts for engine in rollout.engines),
     )
+
+
+def _slowest(seconds: list[Any]) -> float | None:
+    return max(seconds) if all(isinstance(value, (int, float)) and value > 0 for value in seconds) else None
 
 
 def _place(row: dict[str, Any], path: Path) -> tuple[int, int]:
@@ -140,8 +150,8 @@ def _what_ran(path: Path) -> tuple[str | None, SelfSpecConfig | None]:
         return None, None
 
 
-def replay_rows(trace: Trace, predicted_s: list[list[float]]) -> tuple[list[dict[str, Any]], float | None]:
-    """Per rollout what was predicted (mean over seeds) and measured, and the error of the sum over all measured rollouts.
+def replay_rows(trace: Trace, predicted_s: list[list[float]]) -> list[dict[str, Any]]:
+    """Per rollout what was predicted (mean over seeds), what the clock said of its engine steps and of the whole, and the errors.
 
     Args:
         predicted_s: seconds per seed and rollout.
@@ -149,9 +159,20 @@ def replay_rows(trace: Trace, predicted_s: list[list[float]]) -> tuple[list[dict
     rows = []
     for index, rollout in enumerate(trace.rollouts):
         predicted = float(np.mean([seed[index] for seed in predicted_s]))
-        error = predicted / rollout.measured_s - 1 if rollout.measured_s else None
-        rows.append({"rollout": rollout.rollout, "predicted_s": predicted, "measured_s": rollout.measured_s, "error": error})
-    measured = [row for row in rows if row["measured_s"]]
-    if not measured:
-        return rows, None
-    return rows, sum(row["predicted_s"] for row in measured) / sum(row["measured_s"] for row in measured) - 1
+        rows.append(
+            {
+                "rollout": rollout.rollout,
+                "predicted_s": predicted,
+                "engine_s": rollout.engine_s,
+                "engine_error": predicted / rollout.engine_s - 1 if rollout.engine_s else None,
+                "measured_s": rollout.measured_s,
+                "error": predicted / rollout.measured_s - 1 if rollout.measured_s else None,
+            }
+        )
+    return rows
+
+
+def overall_error(rows: list[dict[str, Any]], measured: str) -> float | None:
+    """Of the sum over all rollouts that have `measured`, "engine_s" or "measured_s"; None without any."""
+    found = [row for row in rows if row[measured]]
+    return sum(row["predicted_s"] for row in found) / sum(row[measured] for row in found) - 1 if found else None

@@ -1,0 +1,179 @@
+"""What is believed of step times beyond their prediction, as one Gaussian: two curves over log(batch) and a number.
+
+    p(B)   logarithm of measured over predicted plain steps
+    d(B)   the same of draft steps over plain ones
+    k      the same of cycles over plain steps
+
+Updated step by step (extended Kalman filter): a step at one batch size says much about its neighbours and little about the rest, as far
+as the `Trust` says. Because covariances are kept, learning that plain steps take longer than thought leaves a measured cycle where it was
+measured. Doubt grows back to what it was at first, never beyond, and means stay: what the last rollout showed at a batch size is there in
+the next.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+NODES_PER_OCTAVE = 2
+NUM_NODES = 8 * NODES_PER_OCTAVE + 1
+"""Batches 1 to 256; the curves are constant beyond."""
+
+STEP_SIGMA = 0.1
+"""Scatter of a step's logarithm around the curves: noise, and the stairs of single batch sizes."""
+
+FADES_IN_STEPS = 10_000.0
+"""Doubt is back after so many steps; with STEP_SIGMA this also sets the memory where steps are measured, about 100 of them."""
+
+FADE_EVERY = 16
+"""Steps from one growth of doubt to the next; it is not worth its microseconds in each."""
+
+OUTLIER_SIGMAS = 3.0
+"""A surprise counts up to this: a stall of seconds is no step time."""
+
+RECENT_STEPS = 4.0
+"""Memory of the mean surprise."""
+
+LASTING_CHANGE = 0.12
+"""Mean surprise that noise of 5% per step does not make, nor one stall."""
+
+CHANGE_SIGMA = 0.3
+"""How far a step time may have changed then."""
+
+_RECENT_FADE = math.exp(-1 / RECENT_STEPS)
+_K = 2 * NUM_NODES
+"""Place of k, after the nodes of p and of d."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far a prior may be off: standard deviations of logarithms, and how far one batch size tells of others."""
+
+    plain: float
+    """Plain steps, at all batch sizes alike ..."""
+    plain_curve: float
+    """... and at each by itself."""
+    draft: float
+    """Draft steps over plain ones, at all batch sizes alike ..."""
+    draft_curve: float
+    """... and at each by itself."""
+    cycle: float
+    """All cycles over plain steps."""
+    octaves: float
+    """Distance at which two batch sizes still share 1/e of what they have by themselves."""
+    knows_seconds: bool
+    """False: only ratios mean anything; the first plain step says what a second is."""
+
+
+CALIBRATED = Trust(plain=0.2, plain_curve=0.04, draft=0.05, draft_curve=0.05, cycle=0.05, octaves=1.0, knows_seconds=True)
+ROUGH = Trust(plain=0.3, plain_curve=0.3, draft=0.25, draft_curve=0.25, cycle=0.1, octaves=3.0, knows_seconds=False)
+
+
+class StepBelief:
+    def __init__(self, trust: Trust) -> None:
+        self._first = _covariance(trust)
+        self._covariance = self._first.copy()
+        self._mean = np.zeros(_K + 1)
+        self.means: list[float] = self._mean.tolist()
+        """Nodes of p, nodes of d, k."""
+        self._recent = [0.0, 0.0]
+        self._num_steps = 0
+
+    def plain(self, batch: int) -> float:
+        """p."""
+        node, right = _place(batch)
+        return self.means[node] * (1 - right) + self.means[node + 1] * right
+
+    def draft(self, batch: int) -> float:
+        """d."""
+        node, right = _place(batch)
+        return self.means[NUM_NODES + node] * (1 - right) + self.means[NUM_NODES + node + 1] * right
+
+    def cycle(self) -> float:
+        """k."""
+        return self.means[_K]
+
+    def restore(self, means: list[float]) -> None:
+        self.means = list(means)
+        self._mean = np.array(means)
+
+    def learn(self, batch: int, draft_share: float | None, deviation: float, stair: float) -> tuple[float, bool]:
+        """Learn from one step. Returns its surprise, and whether steps of its kind take another time than they did: surprises of late
+        are all one way. Only the kind that runs is then in doubt, so that the controller turns to the other one, measures it, and knows:
+        a few steps, and it can never go on at a loss it does not see.
+
+        Args:
+            draft_share: of the cycle's seconds; None for a plain step.
+            deviation: logarithm of measured over believed seconds.
+            stair: the part of it that is known of this batch size alone. After a change it is not.
+        """
+        self._num_steps += 1
+        if self._num_steps % FADE_EVERY == 0:
+            self._covariance += (self._first - self._covariance) * (FADE_EVERY / FADES_IN_STEPS)
+        x = _sensitivity(batch, draft_share)
+        along, variance = self._seen_along(x)
+        limit = OUTLIER_SIGMAS * math.sqrt(variance)
+        surprise = min(max(deviation - stair, -limit), limit)
+        is_cycle = draft_share is not None
+        recent = self._recent[is_cycle]
+        recent += (surprise - recent) * (1 - _RECENT_FADE)
+        has_changed = abs(recent) > LASTING_CHANGE
+        self._recent[is_cycle] = 0.0 if has_changed else recent
+        if has_changed:
+            self._doubt(is_cycle)
+            along, variance = self._seen_along(x)
+            surprise = min(max(deviation, -limit), limit)
+        self._mean += along * (surprise / variance)
+        self._covariance -= along[:, None] * (along / variance)
+        self.means = self._mean.tolist()
+        return surprise, has_changed
+
+    def _doubt(self, is_cycle: bool) -> None:
+        direction = np.zeros(_K + 1)
+        if is_cycle:
+            direction[_K] = CHANGE_SIGMA
+        else:
+            direction[:NUM_NODES], direction[_K] = CHANGE_SIGMA, -CHANGE_SIGMA
+        self._covariance += np.outer(direction, direction)
+
+    def _seen_along(self, x: np.ndarray) -> tuple[np.ndarray, float]:
+        """What a step with these sensitivities says about everything, and the variance that its logarithm was expected with."""
+        along = self._covariance @ x
+        return along, float(x @ along) + STEP_SIGMA**2
+
+    def ratio_variance(self, batch: int, draft_share: float) -> float:
+        """Of the logarithm of a cycle over a plain step."""
+        x = _sensitivity(batch, draft_share)
+        x[:NUM_NODES] = 0.0
+        return float(x @ self._covariance @ x)
+
+
+def _sensitivity(batch: int, draft_share: float | None) -> np.ndarray:
+    """Of the logarithm of a step's seconds to p's nodes, d's nodes and k."""
+    node, right = _place(batch)
+    x = np.zeros(_K + 1)
+    x[node], x[node + 1] = 1 - right, right
+    if draft_share is not None:
+        x[NUM_NODES + node], x[NUM_NODES + node + 1] = draft_share * (1 - right), draft_share * right
+        x[_K] = 1.0
+    return x
+
+
+def _place(batch: int) -> tuple[int, float]:
+    """Node of the curves at or below a batch size, and the share of the next one."""
+    place = min(NODES_PER_OCTAVE * math.log2(batch), NUM_NODES - 1.0)
+    node = min(int(place), NUM_NODES - 2)
+    return node, place - node
+
+
+def _covariance(trust: Trust) -> np.ndarray:
+    """Of p's nodes, d's nodes and k, before any step."""
+    octaves = np.arange(NUM_NODES) / NODES_PER_OCTAVE
+    near = np.exp(-abs(octaves[:, None] - octaves) / trust.octaves)
+    covariance = np.zeros((_K + 1, _K + 1))
+    covariance[:NUM_NODES, :NUM_NODES] = trust.plain**2 + trust.plain_curve**2 * near
+    covariance[NUM_NODES:_K, NUM_NODES:_K] = trust.draft**2 + trust.draft_curve**2 * near
+    covariance[_K, _K] = trust.cycle**2
+    return covariance
