@@ -29,6 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sd.policy.observation import mean_acceptance_length
+
 RANDOM_MODELS = {
     "60m": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 11, "num_attention_heads": 8},
     "400m": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
@@ -218,7 +220,7 @@ def summarize(cell: dict[str, Any]) -> dict[str, Any]:
     num_drafts, num_accepted = cell.pop("accepted")
     return cell | {
         "ratio_median": statistics.median(cell["ratios"]),
-        "mean_acceptance_length": 1 + num_accepted / num_drafts if num_drafts else None,
+        "mean_acceptance_length": mean_acceptance_length(num_accepted, num_drafts),
     }
 
 

@@ -13,15 +13,22 @@ import difflib
 import importlib.util
 import io
 import os
+import runpy
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from openrlhf_sd.config import DEFAULT_MODE, MODES, SelfSpecConfig, SelfSpecError
+from openrlhf_sd.gpus import GPUS
 
 MODE_FLAG = "--self-spec"
 PREFIX = MODE_FLAG + "."
+EXPLAIN_FLAG = "--explain"
+EXPLAIN_FORMATS = ("text", "json")
+GPU_FLAG = PREFIX + "gpu"
+"""With EXPLAIN_FLAG only: what is explained, not what runs, so it is no field of SelfSpecConfig."""
+
 UPSTREAM_MODULE = "openrlhf.cli.train_ppo_ray"
 
 FIELDS = {f.name: f for f in dataclasses.fields(SelfSpecConfig) if f.name != "mode"}
@@ -52,13 +59,11 @@ def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None,
             _set_once(values, "mode", flag, value)
         elif flag.startswith(PREFIX):
             name = flag.removeprefix(PREFIX)
+            if flag == GPU_FLAG:
+                raise SelfSpecError(f"{flag}: names the GPU that {EXPLAIN_FLAG} is about; add {EXPLAIN_FLAG} or drop it")
             if name not in FIELDS:
                 raise SelfSpecError(f"{flag}: no such flag{_did_you_mean(flag, our_flags())}")
-            if not has_value:
-                if not tokens or tokens[0].startswith("--"):
-                    raise SelfSpecError(f"{flag}: needs a value")
-                value = tokens.pop(0)
-            _set_once(values, name, flag, _parse_value(flag, value))
+            _set_once(values, name, flag, _parse_value(flag, value if has_value else _next_value(flag, tokens)))
         else:
             rest.append(token)
 
@@ -72,8 +77,40 @@ def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None,
     return None, run_dir, rest
 
 
+def asks_to_explain(argv: Sequence[str]) -> bool:
+    return EXPLAIN_FLAG in (token.partition("=")[0] for token in argv)
+
+
+def take_explain_flags(argv: Sequence[str]) -> tuple[str, str | None, list[str]]:
+    """Take `--explain [text|json]` and `--self-spec.gpu NAME` out of a command line.
+
+    Returns:
+        (format, name of the GPU or None, rest): rest is the command line of the run that is explained.
+
+    Raises:
+        SelfSpecError: an unknown format, a missing value or a repeated flag.
+    """
+    values: dict[str, str] = {}
+    rest: list[str] = []
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        flag, has_value, value = token.partition("=")
+        if flag == EXPLAIN_FLAG:
+            if not has_value:
+                value = tokens.pop(0) if tokens and tokens[0] in EXPLAIN_FORMATS else EXPLAIN_FORMATS[0]
+            if value not in EXPLAIN_FORMATS:
+                raise SelfSpecError(f"{flag}: unknown format {value!r}; choose one of {', '.join(EXPLAIN_FORMATS)}")
+            _set_once(values, "format", flag, value)
+        elif flag == GPU_FLAG:
+            _set_once(values, "gpu", flag, value if has_value else _next_value(flag, tokens))
+        else:
+            rest.append(token)
+    return values["format"], values.get("gpu"), rest
+
+
 def our_flags() -> list[str]:
-    return [MODE_FLAG, *(PREFIX + name for name in FIELDS)]
+    return [MODE_FLAG, *(PREFIX + name for name in FIELDS), EXPLAIN_FLAG, GPU_FLAG]
 
 
 def our_help() -> str:
@@ -93,6 +130,14 @@ def our_help() -> str:
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         suffix = "" if default is None else f" (default: {shown})"
         group.add_argument(PREFIX + name, metavar=name.upper(), help=(f.metadata["help"] + suffix).replace("%", "%%"))
+    explain = parser.add_argument_group("what would run, without running it (openrlhf_sd)")
+    explain.add_argument(
+        EXPLAIN_FLAG,
+        nargs="?",
+        metavar="{" + ",".join(EXPLAIN_FORMATS) + "}",
+        help="With all flags of a run: print its memory plan, where speculation is predicted to pay and what is wrong, and exit.",
+    )
+    explain.add_argument(GPU_FLAG, metavar="NAME", help=f"Explain for this GPU: {', '.join(GPUS)}. Default: this machine's.")
     return parser.format_help()
 
 
@@ -109,8 +154,7 @@ def upstream_parser() -> argparse.ArgumentParser:
 
 
 def check_upstream(parsed: argparse.Namespace) -> None:
-    """Run OpenRLHF's own checks of its flags, silently; it repeats them, with its warnings, when it trains. Imports
-    torch.
+    """Run OpenRLHF's own checks of its flags, silently; it repeats them, with its warnings, when it trains.
 
     Raises:
         SelfSpecError: with OpenRLHF's message.
@@ -118,7 +162,7 @@ def check_upstream(parsed: argparse.Namespace) -> None:
     _, check_args = _upstream_main()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            exec(check_args, {"args": copy.deepcopy(parsed), "os": os})
+            exec(check_args, {"args": copy.deepcopy(parsed), "os": os, "hierarchize": _hierarchize()})
     except AssertionError as error:
         raise SelfSpecError(f"OpenRLHF refuses these flags: {error}") from error
 
@@ -135,12 +179,21 @@ def _upstream_main() -> tuple[types.CodeType, types.CodeType]:
         raise SelfSpecError("openrlhf: not installed in this Python; run examples/setup.sh first")
     source = spec.loader.get_source(UPSTREAM_MODULE)
     [main_block] = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
-    texts = [ast.unparse(statement) for statement in main_block.body]
+    texts = [ast.unparse(statement) for statement in main_block.body if ast.unparse(statement) != _HEAVY_IMPORT]
     parse, train = texts.index("args = parser.parse_args()"), texts.index("train(args)")
     return (
         compile("\n".join(texts[:parse]), UPSTREAM_MODULE, "exec"),
         compile("\n".join(texts[parse + 1 : train]), UPSTREAM_MODULE, "exec"),
     )
+
+
+_HEAVY_IMPORT = "from openrlhf.utils.config import hierarchize"
+
+
+def _hierarchize() -> Callable[[argparse.Namespace], types.SimpleNamespace]:
+    """What `_HEAVY_IMPORT` names, from its file, which needs nothing: its package takes five seconds, torch and transformers."""
+    [package] = importlib.util.find_spec("openrlhf").submodule_search_locations
+    return runpy.run_path(os.path.join(package, "utils", "config.py"))["hierarchize"]
 
 
 def parse_upstream(argv: Sequence[str]) -> argparse.Namespace:
@@ -172,6 +225,13 @@ def _set_once(values: dict[str, Any], name: str, flag: str, value: Any) -> None:
     if name in values:
         raise SelfSpecError(f"{flag}: given twice")
     values[name] = value
+
+
+def _next_value(flag: str, tokens: list[str]) -> str:
+    """Takes the value off `tokens`."""
+    if not tokens or tokens[0].startswith("--"):
+        raise SelfSpecError(f"{flag}: needs a value")
+    return tokens.pop(0)
 
 
 def _parse_value(flag: str, text: str) -> Any:

@@ -2,7 +2,9 @@
 
     openrlhf-sd --self-spec [fixed|toggle|adaptive|auto] [--self-spec.FIELD VALUE ...] <OpenRLHF's flags>
     openrlhf-sd <OpenRLHF's flags>            vanilla OpenRLHF, also without a GPU
+    openrlhf-sd --explain ... [--self-spec.gpu NAME]      what these flags would run, without running it
     openrlhf-sd compare RUN_DIR RUN_DIR ...   what runs have recorded, side by side
+    openrlhf-sd watch RUN_DIR                 one run's records, while it goes or after it
     openrlhf-sd --help
 
 OpenRLHF's flags are those of `python -m openrlhf.cli.train_ppo_ray`. `python -m openrlhf_sd.launch` is the same.
@@ -20,13 +22,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openrlhf_sd import eval_mark, flags, preflight, provenance
+from openrlhf_sd import flags, preflight, provenance, worker_setup
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.cpu import platform, ray_start
 from openrlhf_sd.process_tree import adopt_orphans, end_descendants
 
 if TYPE_CHECKING:
-    from openrlhf_sd.rollout_actor import SelfSpecRun
+    from openrlhf_sd.rollout_engines import SelfSpecRun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,10 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             from openrlhf_sd import report
 
             return report.main(argv[1:]) or 0
+        if argv[:1] == ["watch"]:
+            from openrlhf_sd import watch
+
+            return watch.main(argv[1:])
         if not argv or "-h" in argv or "--help" in argv:
             upstream_help = flags.upstream_parser().format_help()
             print(__doc__.strip(), flags.our_help(), "OpenRLHF's own flags:", upstream_help, sep="\n\n")
             return 0
+        if flags.asks_to_explain(argv):
+            from openrlhf_sd import explain
+
+            return explain.main(argv)
         return run(argv)
     except SelfSpecError as error:
         print(f"openrlhf-sd: error: {error}", file=sys.stderr)
@@ -67,17 +77,17 @@ def run(argv: Sequence[str]) -> int:
     flags.check_upstream(upstream)
     self_spec = calibration = None
     if config is not None:
-        from openrlhf_sd.calibration_choice import choose_calibration
+        from openrlhf_sd.calibration_choice import choose_calibration, rollout_logprobs
         from openrlhf_sd.controller_states import controller_states
         from openrlhf_sd.engine.args import resolve
-        from openrlhf_sd.rollout_actor import SelfSpecRun
+        from openrlhf_sd.rollout_engines import SelfSpecRun
 
         # The scheme and group size that will run go into config.json, not the question.
         settings = vars(upstream)
         model, ranks = settings["actor.model_name_or_path"], settings["vllm.tensor_parallel_size"]
         config = resolve(config, model, ranks)
         states = controller_states(settings, config.mode)
-        calibration = choose_calibration(config, model, ranks)
+        calibration = choose_calibration(config, model, ranks, rollout_logprobs(settings))
         if calibration is not None:
             print(f"openrlhf-sd: {config.mode} decides by a calibration {calibration.describe()}", flush=True)
         self_spec = SelfSpecRun(config, calibration and calibration.cost_model, states)
@@ -114,7 +124,7 @@ def train(
 
     is_ours = self_spec is not None or run_dir is not None
     if is_ours:
-        from openrlhf_sd.rollout_actor import make_create_vllm_engines
+        from openrlhf_sd.rollout_engines import make_create_vllm_engines
 
         openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(self_spec, run_dir)
 
@@ -124,10 +134,10 @@ def train(
         start_ray = ray.init
         if on_cpu:
             folder = at_end.enter_context(ray_start.session_dir())
-            setup = "openrlhf_sd.eval_mark.install_on_cpu" if is_ours else "openrlhf_sd.cpu.platform.install"
+            setup = "openrlhf_sd.worker_setup.install_on_cpu" if is_ours else "openrlhf_sd.cpu.platform.install"
             start_ray = ray_start.ray_init_on_cpu(ray.init, upstream, folder, setup)
         elif is_ours:
-            start_ray = eval_mark.with_setup_hook(ray.init)
+            start_ray = worker_setup.with_setup_hook(ray.init)
 
         def init(*args: Any, **kwargs: Any) -> Any:
             context = start_ray(*args, **kwargs)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from openrlhf_sd.policy.observation import acceptance_rate, mean_acceptance_length
+
 METRICS_FILE = "metrics.jsonl"
 
 POSITION_KEY = "rollout/sd/acceptance_rate_pos_"
@@ -51,13 +53,11 @@ class SpecDecodeCounts:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted draft tokens per draft token; None when nothing was drafted."""
-        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
+        return acceptance_rate(self.num_accepted_tokens, self.num_draft_tokens)
 
     @property
     def mean_acceptance_length(self) -> float | None:
-        """Tokens per draft-and-verify cycle, the target's own included: 1 + accepted / drafts. None without drafts."""
-        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
+        return mean_acceptance_length(self.num_accepted_tokens, self.num_drafts)
 
     def acceptance_rate_pos(self, position: int) -> float | None:
         """Share of the drafts reaching `position` (0-based) whose token there was accepted; None when none reached it.

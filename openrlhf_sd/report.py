@@ -1,7 +1,8 @@
 """`openrlhf-sd compare RUN_DIR [RUN_DIR...] --out DIR`: put runs side by side, in the terminal and as a page.
 
-Writes DIR/report.html (self-contained), DIR/report.md and DIR/report.json. The baseline is the first vanilla run unless
---baseline names another. Exit code 2 with one line on stderr when a folder cannot be read.
+Writes DIR/report.html (self-contained), DIR/report.md and DIR/report.json. Runs with the same settings but for seed and folders
+are replicates of one arm. The baseline is the first vanilla run's arm unless --baseline names a run of another. Exit code 2 with one
+line on stderr when a folder cannot be read; a run that recorded nothing beside others is an arm of missing values.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.report_arms import Arm, group_arms
+from openrlhf_sd.report_cells import text
 from openrlhf_sd.report_page import markdown, page
 from openrlhf_sd.report_plots import draw_plots
 from openrlhf_sd.report_stats import Comparison, compare
-from openrlhf_sd.report_tables import all_warnings, reading_notes, summary_sections, text
-from openrlhf_sd.run_records import RunRecords, load_run
+from openrlhf_sd.report_tables import all_warnings, reading_notes, summary_sections
+from openrlhf_sd.run_records import load_run
 
 DEFAULT_WARMUP_STEPS = 1  # the first rollout pays for compilation, cold caches and Ray's lazy start-up
 
@@ -59,19 +62,19 @@ def write_report(run_dirs: Sequence[str], out: Path, baseline: str | None, num_w
     for index, run_dir in enumerate(run_dirs):
         if any(_same_folder(run_dir, earlier) for earlier in run_dirs[:index]):
             raise SelfSpecError(f"{run_dir}: given twice; name each run folder once")
-    runs = [load_run(run_dir) for run_dir in run_dirs]
-    base = _baseline_index(runs, baseline)
+    arms = group_arms([load_run(run_dir, may_be_empty=True) for run_dir in run_dirs])
+    base = _baseline_index(arms, baseline)
     if base is not None:
-        runs.insert(0, runs.pop(base))  # first column, first colour
-    comparison = compare(runs, None if base is None else 0, num_warmup_steps)
+        arms.insert(0, arms.pop(base))  # first column, first colour
+    comparison = compare(arms, None if base is None else 0, num_warmup_steps)
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise SelfSpecError(f"--out: {out} is a file; name a folder") from error
+    except OSError as error:
+        raise SelfSpecError(f"--out: cannot make {out} ({error.strerror}); name another folder") from error
     documents = {
-        "report.json": report_json(comparison, runs),
-        "report.md": markdown(comparison, runs),
-        "report.html": page(comparison, runs, draw_plots(runs, comparison)),
+        "report.json": report_json(comparison, arms),
+        "report.md": markdown(comparison, arms),
+        "report.html": page(comparison, arms, draw_plots(arms, comparison)),
     }
     for name, document in documents.items():
         (out / name).write_text(document, encoding="utf-8")
@@ -84,20 +87,22 @@ def _same_folder(one: str | Path, other: str | Path) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
-def _baseline_index(runs: list[RunRecords], baseline: str | None) -> int | None:
+def _baseline_index(arms: list[Arm], baseline: str | None) -> int | None:
     if baseline is not None:
-        return next(index for index, run in enumerate(runs) if _same_folder(baseline, run.run_dir))
-    return next((index for index, run in enumerate(runs) if run.arm == "vanilla"), None)
+        return next(i for i, arm in enumerate(arms) if any(_same_folder(baseline, run.run_dir) for run in arm.runs))
+    return next((index for index, arm in enumerate(arms) if arm.mode == "vanilla"), None)
 
 
-def report_json(comparison: Comparison, runs: list[RunRecords]) -> str:
-    """All numbers of the page, null where missing, with each run's settings, machine and versions."""
+def report_json(comparison: Comparison, arms: list[Arm]) -> str:
+    """All numbers of the page, null where missing, with each arm's settings and each run's machine and versions."""
     document = dataclasses.asdict(comparison)
     document["reading_notes"] = reading_notes(comparison)
-    for arm, run in zip(document["arms"], runs):
-        arm["self_spec"] = run.config["self_spec"]
+    for entry, arm in zip(document["arms"], arms):
+        entry["self_spec"] = arm.config["self_spec"]
         # Without argv: it may hold a logging key.
-        arm["provenance"] = run.provenance and {key: value for key, value in run.provenance.items() if key != "argv"}
+        entry["provenance_by_run"] = [
+            run.provenance and {key: value for key, value in run.provenance.items() if key != "argv"} for run in arm.runs
+        ]
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 

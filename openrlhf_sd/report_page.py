@@ -10,22 +10,21 @@ import base64
 import html
 from typing import Any
 
-from openrlhf_sd.report_plots import Plot
-from openrlhf_sd.report_stats import Comparison, Versus
-from openrlhf_sd.report_tables import (
+from openrlhf_sd.report_about import Section, run_sections
+from openrlhf_sd.report_arms import Arm
+from openrlhf_sd.report_cells import (
     MISSING,
     RATIO,
-    Section,
-    all_warnings,
+    between_runs,
+    controlled,
     difference,
     ratio,
-    reading_notes,
-    run_sections,
-    summary_sections,
     text,
     with_interval,
 )
-from openrlhf_sd.run_records import RunRecords
+from openrlhf_sd.report_plots import Plot
+from openrlhf_sd.report_stats import Comparison, Versus
+from openrlhf_sd.report_tables import all_warnings, paired, reading_notes, summary_sections
 
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -39,12 +38,12 @@ def escape_md(value: Any) -> str:
     return "".join("\\" + char if char in "\\|`*_[]" else char for char in line)
 
 
-def markdown(comparison: Comparison, runs: list[RunRecords]) -> str:
+def markdown(comparison: Comparison, arms: list[Arm]) -> str:
     lines = ["# Rollout comparison", ""]
     for warning in all_warnings(comparison):
         lines += [f"> **Warning:** {escape_md(warning)}", ""]
     labels = [arm.label for arm in comparison.arms]
-    for title, rows in summary_sections(comparison) + run_sections(runs, comparison):
+    for title, rows in summary_sections(comparison) + run_sections(arms):
         if rows:
             lines += [f"## {escape_md(title)}", "", _md_row(["", *labels]), "|---" * (len(labels) + 1) + "|"]
             lines += [_md_row([name, *cells]) for name, cells in rows] + [""]
@@ -89,15 +88,15 @@ summary { cursor: pointer; margin: 20px 0 8px; font-weight: 600; }
 """
 
 
-def page(comparison: Comparison, runs: list[RunRecords], plots: list[Plot]) -> str:
+def page(comparison: Comparison, arms: list[Arm], plots: list[Plot]) -> str:
     """One self-contained HTML document; figures are data URIs, so their markup cannot act on the page."""
     labels = [arm.label for arm in comparison.arms]
-    about = run_sections(runs, comparison)
+    about = run_sections(arms)
     body = ["<h1>Rollout comparison</h1>", f"<p class=soft>{escape(' · '.join(labels))}</p>"]
     body.append(f"<p class=soft>{escape(reading_notes(comparison)[0])}</p>")
     body += [f"<p class=warn><b>Warning.</b> {escape(warning)}</p>" for warning in all_warnings(comparison)]
     if comparison.versus:
-        body += ["<div class=cards>", *(_card(versus, comparison.baseline) for versus in comparison.versus), "</div>"]
+        body += ["<div class=cards>", *(_card(versus, comparison) for versus in comparison.versus), "</div>"]
     numbers = summary_sections(comparison)
     body += [
         "<h2>Numbers</h2>",
@@ -122,18 +121,22 @@ def page(comparison: Comparison, runs: list[RunRecords], plots: list[Plot]) -> s
     )
 
 
-def _card(versus: Versus, baseline: str | None) -> str:
+def _card(versus: Versus, comparison: Comparison) -> str:
     rows = [
         ("Rollout, per generated token", ratio(versus.per_token_speedup)),
+        ("Rollout, length-controlled", controlled(versus.length_controlled)),
         ("Whole step", ratio(versus.step_speedup)),
         ("Reward, last half, difference", difference(versus.reward_difference)),
+        ("Runs compared", paired(versus)),
+        ("Baseline's settings", comparison.baseline_settings),
     ]
     speedup = versus.rollout_speedup
     big = MISSING if speedup.value is None else with_interval(speedup, RATIO, "×")
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(cell)}</dd>" for name, cell in rows)
     return (
-        f"<div class=card><h3>{escape(versus.label)} against {escape(baseline)}</h3><div class=big>{escape(big)}</div>"
-        f"<div>rollout speed-up: {escape(speedup.verdict)}</div>"
+        f"<div class=card><h3>{escape(versus.label)} against {escape(comparison.baseline)}</h3>"
+        f"<div class=big>{escape(big)}</div>"
+        f"<div>rollout speed-up: {escape(speedup.verdict + between_runs(speedup, RATIO, '×'))}</div>"
         f"<div class=soft>above 1 is faster than the baseline</div><dl>{items}</dl></div>"
     )
 

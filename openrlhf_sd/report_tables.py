@@ -3,90 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime, timezone
-from typing import Any
 
-from openrlhf_sd.report_differences import shown
-from openrlhf_sd.report_stats import ArmSummary, Comparison, Estimate, Progress, Spread, Versus
-from openrlhf_sd.run_records import RunRecords
-
-MISSING = "missing"
-
-Section = tuple[str, list[tuple[str, list[str]]]]
-"""A heading, and rows of (name, one cell per run)."""
-
-
-def text(value: Any) -> str:
-    """One printable line: terminal escapes and line breaks of a hostile name become '?'."""
-    return "".join(char if char.isprintable() else "?" for char in str(value))
-
-
-def number(value: float) -> str:
-    """Three significant digits, no exponent where a reader can do without."""
-    size = abs(value)
-    if size >= 100:
-        return f"{value:,.0f}"
-    if size >= 10:
-        return f"{value:.1f}"
-    if size >= 1:
-        return f"{value:.2f}"
-    return f"{value:.3g}" if size >= 1e-3 or size == 0 else f"{value:.2e}"
-
-
-def _total(spread: Spread | None, unit: str = " s") -> str:
-    return MISSING if spread is None else f"{number(spread.total)}{unit} in {spread.n}"
-
-
-def _median(spread: Spread | None, unit: str = " s", scale: float = 1.0) -> str:
-    if spread is None:
-        return MISSING
-    median, p25, p75 = (number(value * scale) for value in (spread.median, spread.p25, spread.p75))
-    return f"{median}{unit}" if p25 == p75 else f"{median}{unit} [{p25}, {p75}]"
-
-
-def _quarters(progress: Progress | None) -> str:
-    return MISSING if progress is None else f"{number(progress.first_quarter)} → {number(progress.last_quarter)}"
-
-
-def _ends(progress: Progress | None) -> str:
-    return MISSING if progress is None else f"{number(progress.first)} → {number(progress.last)}"
-
-
-def _plain(value: float | None) -> str:
-    return MISSING if value is None else number(value)
-
-
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{100 * value:.1f}%"
+from openrlhf_sd.report_about import Section
+from openrlhf_sd.report_cells import (
+    COUNT,
+    MISSING,
+    controlled,
+    difference,
+    each,
+    ends,
+    median,
+    number,
+    percent,
+    plain,
+    quarters,
+    ratio,
+    total,
+)
+from openrlhf_sd.report_stats import Comparison, Versus
+from openrlhf_sd.report_summary import ArmSummary
 
 
 def _positions(arm: ArmSummary) -> str:
-    return " ".join(_percent(rate) for rate in arm.acceptance_rate_by_pos) or MISSING
+    return " ".join(percent(rate) for rate in arm.acceptance_rate_by_pos) or MISSING
 
 
-def _drafted(cell: Callable[[ArmSummary], str]) -> Callable[[ArmSummary], str]:
-    """A vanilla run does not lack its acceptance, it has none."""
+def _runs(arm: ArmSummary) -> str:
+    seeds = [str(seed) for seed in arm.seeds if seed is not None]
+    return f"{len(arm.run_dirs)} (seed {', '.join(seeds)})" if seeds else str(len(arm.run_dirs))
+
+
+def _speculating(cell: Callable[[ArmSummary], str]) -> Callable[[ArmSummary], str]:
+    """A vanilla run does not lack this, it has none."""
     return lambda arm: "–" if arm.arm == "vanilla" else cell(arm)
 
 
-RATIO = "{:.3f}".format  # two digits would show an interval ending at 0.996 as touching 1
-
-
-def ratio(estimate: Estimate) -> str:
-    return _estimate(estimate, RATIO, "×")
-
-
-def difference(estimate: Estimate) -> str:
-    return _estimate(estimate, "{:+.3f}".format, "")
-
-
-def _estimate(estimate: Estimate, show: Callable[[float], str], unit: str) -> str:
-    return MISSING if estimate.value is None else f"{with_interval(estimate, show, unit)}: {estimate.verdict}"
-
-
-def with_interval(estimate: Estimate, show: Callable[[float], str], unit: str) -> str:
-    interval = "" if estimate.low is None else f" [{show(estimate.low)}, {show(estimate.high)}]"
-    return f"{show(estimate.value)}{unit}{interval}"
+def _drafted(cell: Callable[[ArmSummary], str]) -> Callable[[ArmSummary], str]:
+    """Nor does an arm lack its acceptance that never drafted."""
+    return _speculating(lambda arm: "no drafts" if arm.num_drafts == 0 else cell(arm))
 
 
 def summary_sections(comparison: Comparison) -> list[Section]:
@@ -97,56 +51,100 @@ def summary_sections(comparison: Comparison) -> list[Section]:
         return name, [cell(arm) for arm in arms]
 
     times = [
-        row("steps logged", lambda a: str(a.num_steps)),
-        row("rollout, sum", lambda a: _total(a.rollout_s)),
-        row("rollout per step", lambda a: _median(a.rollout_s)),
-        row("whole step, sum", lambda a: _total(a.step_s)),
-        row("whole step per step", lambda a: _median(a.step_s)),
-        row("weight sync per step", lambda a: _median(a.broadcast_s)),
-        row("… as the engine saw it", lambda a: _median(a.weight_sync_s)),
-        row("re-quantize per sync", _drafted(lambda a: _median(a.requantize_s))),
-        row("generated tokens/s", lambda a: _plain(a.tokens_per_s)),
-        row("rollout per 1000 tokens", lambda a: _median(a.s_per_token, scale=1000)),
+        row("runs", _runs),
+        row("steps logged", lambda a: " + ".join(map(str, a.num_steps_by_run))),
+        row("rollout, sum", lambda a: total(a.rollout_s, len(a.run_dirs))),
+        row("rollout per step", lambda a: median(a.rollout_s)),
+        row("whole step, sum", lambda a: total(a.step_s, len(a.run_dirs))),
+        row("whole step per step", lambda a: median(a.step_s)),
+        row("weight sync per step", lambda a: median(a.broadcast_s)),
+        row("… as the engine saw it", lambda a: median(a.weight_sync_s)),
+        row("re-quantize per sync", _speculating(lambda a: median(a.requantize_s))),
+        row("generated tokens/s", lambda a: plain(a.tokens_per_s)),
+        row("rollout per 1000 tokens", lambda a: median(a.s_per_token, scale=1000)),
         row(
             "left out as warm-up",
             lambda a: " ".join(number(s) for s in a.warmup_rollout_s) + " s" if a.warmup_rollout_s else "–",
         ),
     ]
+    if any(len(arm.run_dirs) > 1 for arm in arms):
+        times += [
+            row("rollout, median of each run", lambda a: each(a.median_rollout_s_by_run)),
+            row("whole step, median of each run", lambda a: each(a.median_step_s_by_run)),
+        ]
     drafting = [
-        row("γ, draft tokens", _drafted(lambda a: _median(a.gamma, unit=""))),
-        row("acceptance rate, by tokens", _drafted(lambda a: _percent(a.acceptance_rate))),
-        row("mean acceptance length", _drafted(lambda a: _plain(a.mean_acceptance_length))),
+        row("γ, draft tokens", _drafted(lambda a: median(a.gamma, unit=""))),
+        row("acceptance rate, by tokens", _drafted(lambda a: percent(a.acceptance_rate))),
+        row("mean acceptance length", _drafted(lambda a: plain(a.mean_acceptance_length))),
         row("acceptance by position", _drafted(_positions)),
+        row("speculated, of engine steps", _speculating(lambda a: percent(a.speculated_share_of_steps))),
+        row("speculated, of tokens", _speculating(lambda a: percent(a.speculated_share_of_tokens))),
+        row("first speculating step", _drafted(lambda a: median(a.toggle_step, unit="", show=COUNT))),
+        row("… requests decoding in it", _drafted(lambda a: median(a.toggle_batch, unit="", show=COUNT))),
+        row("predicted speed-up, while on", _drafted(lambda a: median(a.predicted_speedup, unit="×"))),
+        row("measured speed-up, while on", _drafted(lambda a: median(a.measured_speedup, unit="×"))),
     ]
     learning = [
-        row("reward, first → last quarter", lambda a: _quarters(a.reward)),
-        row("reward, first → last step", lambda a: _ends(a.reward)),
-        row("length, first → last quarter", lambda a: _quarters(a.response_length)),
-        row(
-            "truncated responses", lambda a: MISSING if a.truncated_rate is None else _percent(a.truncated_rate.median)
-        ),
-        row("vllm_kl", lambda a: _median(a.vllm_kl, unit="")),
+        row("reward, first → last quarter", lambda a: quarters(a.reward)),
+        row("reward, first → last step", lambda a: ends(a.reward)),
+        row("length, first → last quarter", lambda a: quarters(a.response_length)),
+        row("truncated responses", lambda a: MISSING if a.truncated_rate is None else percent(a.truncated_rate.median)),
+        row("vllm_kl", lambda a: median(a.vllm_kl, unit="")),
     ]
     sections = [("Time", times), ("Speculation", drafting), ("Learning", learning)]
+    if batches := _by_batch(comparison):
+        sections.insert(1, batches)
     if comparison.baseline is not None:
-        by_label = {versus.label: versus for versus in comparison.versus}
-
-        def against(name: str, cell: Callable[[Versus], str]) -> tuple[str, list[str]]:
-            return name, [cell(by_label[a.label]) if a.label in by_label else "baseline" for a in arms]
-
-        sections.insert(
-            0,
-            (
-                f"Against {comparison.baseline} (above 1 is faster)",
-                [
-                    against("rollout speed-up", lambda v: ratio(v.rollout_speedup)),
-                    against("… per generated token", lambda v: ratio(v.per_token_speedup)),
-                    against("whole-step speed-up", lambda v: ratio(v.step_speedup)),
-                    against("reward difference", lambda v: difference(v.reward_difference)),
-                ],
-            ),
-        )
+        sections.insert(0, (f"Against {comparison.baseline} (above 1 is faster)", _against(comparison)))
     return sections
+
+
+def _against(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    by_label = {versus.label: versus for versus in comparison.versus}
+
+    def row(name: str, cell: Callable[[Versus], str]) -> tuple[str, list[str]]:
+        return name, [cell(by_label[a.label]) if a.label in by_label else "baseline" for a in comparison.arms]
+
+    return [
+        row("rollout speed-up", lambda v: ratio(v.rollout_speedup)),
+        row("… per generated token", lambda v: ratio(v.per_token_speedup)),
+        row("… length-controlled", lambda v: controlled(v.length_controlled)),
+        row("whole-step speed-up", lambda v: ratio(v.step_speedup)),
+        row("reward difference", lambda v: difference(v.reward_difference)),
+        row("runs compared", paired),
+        ("baseline's settings", ["–" if a.label in by_label else comparison.baseline_settings for a in comparison.arms]),
+    ]
+
+
+def paired(versus: Versus) -> str:
+    if not versus.by_seed:
+        return "no seed in common: all runs against all"
+    num_pairs = max(1, len(versus.rollout_speedup.by_pair))
+    left_out = f", {versus.num_left_out} run(s) without a partner left out" if versus.num_left_out else ""
+    return f"{num_pairs} pair{'s' if num_pairs > 1 else ''} of equal seed{left_out}"
+
+
+def _by_batch(comparison: Comparison) -> Section | None:
+    """None where no arm was compared by timelines."""
+    by_label = {versus.label: versus.length_controlled for versus in comparison.versus}
+    lows = sorted({bin.low_batch for found in by_label.values() for bin in found.bins})
+    if not lows:
+        return None
+
+    def cell(label: str, low: int) -> str:
+        if label not in by_label:
+            return "baseline"
+        bin = next((bin for bin in by_label[label].bins if bin.low_batch == low), None)
+        if bin is None:
+            return MISSING
+        own, of_baseline = (MISSING if s is None else number(1000 * s) for s in (bin.s_per_token, bin.baseline_s_per_token))
+        return f"{own} / {of_baseline} · {percent(bin.baseline_share)}"
+
+    rows = [
+        (f"{low} to {2 * low - 1} active" if low > 1 else "1 active", [cell(arm.label, low) for arm in comparison.arms])
+        for low in lows
+    ]
+    return "Engine milliseconds per token by active batch: arm / baseline · share of the baseline's tokens", rows
 
 
 def reading_notes(comparison: Comparison) -> list[str]:
@@ -161,63 +159,25 @@ def reading_notes(comparison: Comparison) -> list[str]:
         "Cells read median [25th, 75th percentile] over steps. A speed-up is the ratio of medians over the steps both "
         "runs logged, in brackets its 95% bootstrap interval; below 1 the run is slower. The reward difference is the "
         "run minus the baseline, means over the last half of the common steps.",
-        "Two runs may write answers of different length: read wall times next to the time per generated token.",
+        "Two arms may write answers of different length, and then wall times do not compare. The length-controlled speed-up "
+        "asks how fast the same work was done. From timelines: seconds per token at equal active batch (requests decoding at "
+        "once on an engine), in bins that double, weighted by the baseline's tokens; the ramp-up of each rollout and batches that "
+        "only one arm has are left out, and the share of the baseline's tokens that remains is given. Where an arm recorded no "
+        "timeline it is modelled from response lengths instead, and says so: engine seconds against what the baseline would "
+        "have needed for those lengths, if the requests of a rollout all start together and a plain step takes a + b × batch "
+        "seconds, fitted to the baseline's rollouts.",
+        "Runs that differ only in seed, folders and names are replicates of one arm. Where seeds match, each run is compared "
+        "with the baseline's run of its seed: a speed-up is then the geometric mean over the pairs, a reward difference their "
+        'mean, and "run to run" gives the lowest and the highest pair.',
         "The intervals cover the spread between steps of these runs, taken as independent, which they are not quite; "
         "they say nothing about how another seed or another day would turn out, and runs made one after the other are "
-        "compared together with whatever the machine did meanwhile: a speed is shown only by runs repeated in turns. "
-        '"No difference detected" means only that: at this number of steps none could be told from noise.',
+        "compared together with whatever the machine did meanwhile: a speed is shown only by runs repeated in turns.",
+        '"No difference detected" does not mean the same: at this number of steps none could be told from noise. The number '
+        "with it, half the width of the interval, is about the smallest difference that would have shown.",
+        "Predicted and measured speed-up, while on: the speculating steps alone against plain decoding of the same tokens, by "
+        "the calibration and by the rollout's own plain steps; a rollout without plain steps cannot measure it. "
+        "Active batch, γ and shares of steps and tokens are the engines' own timelines.",
     ]
-
-
-def run_sections(runs: list[RunRecords], comparison: Comparison) -> list[Section]:
-    """Where each run was made and with what settings."""
-    provenances = [run.provenance or {} for run in runs]
-    machines = [provenance.get("machine", {}) for provenance in provenances]
-    packages = [provenance.get("packages", {}) for provenance in provenances]
-
-    def row(name: str, values: list[Any]) -> tuple[str, list[str]]:
-        return name, [MISSING if value is None else text(value) for value in values]
-
-    machine = [
-        row("CPU", [m.get("cpu_model") for m in machines]),
-        row("CPU cores", [m.get("num_cpus") for m in machines]),
-        row("memory", [_gib(m.get("memory_bytes")) for m in machines]),
-        row("GPUs", [_joined(m.get("gpus")) for m in machines]),
-        row("platform", [m.get("platform") for m in machines]),
-        row("git", [p.get("git_sha") for p in provenances]),
-        row("started", [_utc(p.get("started_unix_s")) for p in provenances]),
-        row("status", [p.get("status") for p in provenances]),
-        row("folder", [run.run_dir for run in runs]),
-    ]
-    names = sorted({name for found in packages for name in found})
-    versions = [row(name, [found.get(name) for found in packages]) for name in names]
-    keys = sorted({key for run in runs for key in run.config["self_spec"] or {}})
-    self_spec = [
-        row(key, ["–" if run.config["self_spec"] is None else run.config["self_spec"].get(key) for run in runs])
-        for key in keys
-    ]
-    flags = sorted({flag for run in runs for flag in run.config["openrlhf"]})
-    openrlhf = [row(f"--{flag}", [shown(run.config["openrlhf"], flag) for run in runs]) for flag in flags]
-    return [
-        ("Machine", machine),
-        ("Versions", versions),
-        ("Speculation settings", self_spec),
-        ("OpenRLHF flags", openrlhf),
-    ]
-
-
-def _gib(num_bytes: Any) -> str | None:
-    return f"{num_bytes / 2**30:.0f} GiB" if isinstance(num_bytes, (int, float)) else None
-
-
-def _joined(names: Any) -> str | None:
-    return (", ".join(map(str, names)) or "none") if isinstance(names, list) else None
-
-
-def _utc(unix_s: Any) -> str | None:
-    if not isinstance(unix_s, (int, float)):
-        return None
-    return datetime.fromtimestamp(unix_s, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def all_warnings(comparison: Comparison) -> list[str]:

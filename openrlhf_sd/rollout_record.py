@@ -73,7 +73,7 @@ class RolloutRecord:
 
         Args:
             counts: None in a vanilla run.
-            report: of the scheduler's StepLedger, None in a vanilla run.
+            report: of the scheduler's StepLedger, in a vanilla run of PlainSteps.
 
         `response_lengths` are output tokens per engine request, in the order they ended; `timeline` is a list of TIMELINE_COLUMNS.
         `response_mean` holds the means over responses that OpenRLHF's TensorBoard and W&B show; the `rollout/sd/*` values above it are

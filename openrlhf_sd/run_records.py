@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_sd.config import SelfSpecError
-from openrlhf_sd.metrics import METRICS_FILE, NUM_DRAFTS_KEY, POSITION_KEY, read_rows
+from openrlhf_sd.metrics import METRICS_FILE
+from openrlhf_sd.rollout_record import LOG_PREFIX
+from openrlhf_sd.run_rollouts import RolloutTotals, read_rollouts
 
 ROLLOUT_S = "train/timing/generation"
 BROADCAST_S = "train/timing/broadcast"
@@ -24,39 +26,11 @@ RESPONSE_LENGTH = "train/rollout/response_length_mean"
 TRUNCATED_RATE = "train/rollout/truncated_rate"
 VLLM_KL = "train/vllm_kl"
 
+NO_RECORDS = f"no records yet (neither {METRICS_FILE} nor tensorboard/); let the run finish a step"
+
 STEP_PHASES_S = (ROLLOUT_S, "train/timing/make_experience", "train/timing/ppo_train", BROADCAST_S)
 """The phases of one synchronous step. Their sum is used instead of `timing/step_total`, which upstream computes as the
 sum of every status key starting with `timing/` and so would count twice whatever else is logged under that name."""
-
-_NUMBERS = (
-    "timing/rollout_s",
-    "timing/weight_sync_s",
-    "timing/requantize_s",
-    "num_output_tokens",
-    "rollout/sd/gamma",
-    "rollout/sd/num_drafts",
-    "rollout/sd/num_draft_tokens",
-    "rollout/sd/num_accepted_tokens",
-)
-"""The columns of metrics.jsonl that are computed with, besides the per-position ones."""
-
-
-@dataclass(frozen=True)
-class RolloutTotals:
-    """One rollout, pooled over its engines. None is not measured.
-
-    Engines work side by side: tokens and counts add up, seconds are those of the slowest engine.
-    """
-
-    num_output_tokens: int | None
-    weight_sync_s: float | None
-    requantize_s: float | None
-    gamma: float | None  # mean over engines: each may sit on its own rung
-    num_drafts: int | None
-    num_draft_tokens: int | None
-    num_accepted_tokens: int | None
-    acceptance_rate_by_pos: tuple[float | None, ...]
-    num_drafts_by_pos: tuple[int, ...]  # drafts that long: the weights of those rates
 
 
 @dataclass(frozen=True)
@@ -66,7 +40,7 @@ class RunRecords:
     Attributes:
         config: config.json: "arm", "self_spec" (or null), "openrlhf" (flat dotted flags).
         provenance: provenance.json, or None when the file is missing.
-        rollouts: global step -> totals of the rollout that fed it (`rollout + 1`).
+        rollouts: global step -> what fed it (rollout `step - 1`).
         scalars: TensorBoard tag -> global step -> finite value.
         notes: one sentence each, for the reader of a report: what is incomplete.
     """
@@ -82,6 +56,14 @@ class RunRecords:
     def arm(self) -> str:
         return self.config["arm"]
 
+    @property
+    def seed(self) -> Any:
+        return self.config["openrlhf"].get("train.seed")
+
+    @property
+    def has_records(self) -> bool:
+        return bool(self.rollouts or self.scalars)
+
     def scalar(self, tag: str) -> dict[int, float]:
         """Values of one TensorBoard tag by global step, ascending; empty when it was never logged."""
         return self.scalars.get(tag, {})
@@ -94,8 +76,11 @@ class RunRecords:
         return {step: sum(phase[step] for phase in phases) for step in phases[0] if all(step in p for p in phases)}
 
 
-def load_run(run_dir: str | Path) -> RunRecords:
+def load_run(run_dir: str | Path, may_be_empty: bool = False) -> RunRecords:
     """Read one run folder.
+
+    Args:
+        may_be_empty: a run that has recorded nothing is read too, with a note: it failed early, or has just begun.
 
     Raises:
         SelfSpecError: the folder or its config.json is missing or broken, or it holds no records. A run still going, a
@@ -107,12 +92,12 @@ def load_run(run_dir: str | Path) -> RunRecords:
     config = _read_config(folder / "config.json")
     notes: list[str] = []
     provenance = _read_provenance(folder / "provenance.json", notes)
-    rollouts = _read_rollouts(folder / METRICS_FILE, notes)
+    rollouts = read_rollouts(folder / METRICS_FILE, notes)
     scalars = _read_scalars(folder / "tensorboard", notes)
     if not rollouts and not scalars:
-        raise SelfSpecError(
-            f"{folder}: no records yet (neither {METRICS_FILE} nor tensorboard/); let the run finish a step"
-        )
+        if not may_be_empty:
+            raise SelfSpecError(f"{folder}: {NO_RECORDS}")
+        notes.append(NO_RECORDS)
     return RunRecords(folder, config, provenance, rollouts, scalars, notes)
 
 
@@ -151,63 +136,6 @@ def _read_provenance(path: Path, notes: list[str]) -> dict[str, Any] | None:
     return provenance
 
 
-def _read_rollouts(path: Path, notes: list[str]) -> dict[int, RolloutTotals]:
-    """Global step -> pooled totals; of a (rollout, engine) written twice, as after a resume, the later row counts."""
-    if not path.is_file():
-        notes.append(f"{METRICS_FILE} is missing: no token counts, no acceptance")
-        return {}
-    rows, num_unreadable = read_rows(path)
-    if num_unreadable:
-        notes.append(f"{METRICS_FILE}: {num_unreadable} unreadable line(s) left out")
-    by_rollout: dict[int, dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        rollout, engine = row.get("rollout"), row.get("engine")
-        if type(rollout) is not int or type(engine) is not int:
-            raise SelfSpecError(f"{path}: a row has no integer 'rollout' and 'engine'; remove that row")
-        for key in row:
-            if (key in _NUMBERS or key.startswith((POSITION_KEY, NUM_DRAFTS_KEY))) and type(row[key]) not in (int, float, type(None)):
-                raise SelfSpecError(f"{path}: {key!r} of rollout {rollout} is no number; remove that row")
-        by_rollout.setdefault(rollout, {})[engine] = row
-    num_repeated = len(rows) - sum(len(engines) for engines in by_rollout.values())
-    if num_repeated:
-        notes.append(f"{METRICS_FILE}: {num_repeated} row(s) replaced by a later row of the same rollout and engine")
-    return {rollout + 1: _pool_engines(list(by_rollout[rollout].values())) for rollout in sorted(by_rollout)}
-
-
-def _pool_engines(rows: list[dict[str, Any]]) -> RolloutTotals:
-    def measured(key: str) -> list[Any]:
-        return [row[key] for row in rows if row.get(key) is not None]
-
-    def total(key: str) -> Any:
-        return sum(measured(key)) if measured(key) else None
-
-    def slowest(key: str) -> float | None:
-        return max(measured(key), default=None)
-
-    gammas = measured("rollout/sd/gamma")
-    num_positions = max(sum(key.startswith(POSITION_KEY) for key in row) for row in rows)
-    return RolloutTotals(
-        num_output_tokens=total("num_output_tokens"),
-        weight_sync_s=slowest("timing/weight_sync_s"),
-        requantize_s=slowest("timing/requantize_s"),
-        gamma=sum(gammas) / len(gammas) if gammas else None,
-        num_drafts=total("rollout/sd/num_drafts"),
-        num_draft_tokens=total("rollout/sd/num_draft_tokens"),
-        num_accepted_tokens=total("rollout/sd/num_accepted_tokens"),
-        acceptance_rate_by_pos=tuple(
-            weighted_mean([(row.get(f"{POSITION_KEY}{i}"), row.get(f"{NUM_DRAFTS_KEY}{i}")) for row in rows])
-            for i in range(num_positions)
-        ),
-        num_drafts_by_pos=tuple(total(f"{NUM_DRAFTS_KEY}{i}") or 0 for i in range(num_positions)),
-    )
-
-
-def weighted_mean(values_and_weights: list[tuple[float | None, float | None]]) -> float | None:
-    """Mean of the measured values by weight; None when nothing was measured."""
-    pairs = [(value, weight) for value, weight in values_and_weights if value is not None and weight]
-    return sum(value * weight for value, weight in pairs) / sum(w for _, w in pairs) if pairs else None
-
-
 def _read_scalars(folder: Path, notes: list[str]) -> dict[str, dict[int, float]]:
     """Every `train/*` scalar below `folder`, by tag and global step; a step logged twice keeps the later wall time."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -226,7 +154,8 @@ def _read_scalars(folder: Path, notes: list[str]) -> dict[str, dict[int, float]]
             by_step = latest.setdefault(tag, {})
             for event in events.Scalars(tag):
                 if not math.isfinite(event.value):
-                    num_not_finite += 1
+                    # Ours are gaps on purpose where nothing has been drafted (ResponseCounts.logs).
+                    num_not_finite += not tag.startswith(f"train/{LOG_PREFIX}")
                     continue
                 if event.step in by_step:
                     repeated_steps.add(event.step)

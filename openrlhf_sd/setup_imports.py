@@ -28,6 +28,7 @@ MODULES = (
     "scipy",
     "hypothesis",
     "pytest",
+    "math_verify",
     "vllm",
     "vllm.v1.engine.async_llm",
     "vllm.entrypoints.llm",

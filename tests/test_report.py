@@ -1,111 +1,23 @@
-"""Reading run folders back and comparing them: numbers worked out by hand, records that are incomplete, hostile names.
-
-The folders are made as a run makes them: TensorBoard events through OpenRLHF's writer class, rows through `append_row`.
-"""
+"""Reading run folders back and comparing them: numbers worked out by hand, records that are incomplete, hostile names."""
 
 import json
 import os
 import random
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
 from openrlhf_sd import report
 from openrlhf_sd.config import SelfSpecError
-from openrlhf_sd.metrics import SpecDecodeCounts, append_row, rollout_row
-from openrlhf_sd.report_stats import compare, difference_of_means, ratio_of_medians
+from openrlhf_sd.metrics import SpecDecodeCounts, append_row
+from openrlhf_sd.report_arms import group_arms
+from openrlhf_sd.report_bootstrap import difference_of_means, ratio_of_medians
+from openrlhf_sd.report_stats import compare
 from openrlhf_sd.run_records import load_run
+from run_folders import FIXED, FLAGS, Page, make_run, write_description, write_events
 
 HOSTILE = '<script>alert("x")</script>'
-FLAGS = {"actor.model_name_or_path": "tiny", "actor.adam.lr": 1e-6, "ckpt.path": "/a", "train.async_enable": False}
-FIXED = {"mode": "fixed", "gamma": 2, "quant": "w8a8"}
-
-
-def make_run(
-    folder, rollout_s, *, arm="vanilla", self_spec=None, flags=FLAGS, counts=None, num_output_tokens=100, rewards=None
-):
-    """A finished run whose k-th step took rollout_s[k] seconds to generate, 3 s for the other three phases together."""
-    write_description(folder, arm=arm, self_spec=self_spec, flags=flags)
-    scalars = []
-    for k, seconds in enumerate(rollout_s):
-        scalars.append(
-            {
-                "timing/generation": seconds,
-                "timing/make_experience": 0.5,
-                "timing/ppo_train": 2.0,
-                "timing/broadcast": 0.5,
-                "timing/step_total": 999.0,
-                "rollout/reward_mean": rewards[k] if rewards else 0.5,
-                "rollout/response_length_mean": 20.0 + k,
-                "rollout/truncated_rate": 0.25,
-                "vllm_kl": 1e-4,
-            }
-        )
-        append_row(
-            folder / "metrics.jsonl",
-            rollout_row(
-                rollout=k,
-                engine=0,
-                time_unix_s=1000.0 + k,
-                rollout_s=seconds,
-                weight_sync_s=0.25,
-                requantize_s=0.125 if counts and k else None,
-                num_responses=5,
-                num_prompt_tokens=50,
-                num_output_tokens=num_output_tokens,
-                counts=counts,
-                gamma=2 if counts else None,
-            ),
-        )
-    write_events(folder, scalars)
-    return folder
-
-
-def write_description(folder, *, arm="vanilla", self_spec=None, flags=FLAGS, status="finished"):
-    folder.mkdir(parents=True)
-    config = {"arm": arm, "self_spec": self_spec, "openrlhf": flags}
-    provenance = {
-        "git_sha": "abc123",
-        "argv": ["--logger.wandb.key", "TOPSECRET"],
-        "started_unix_s": 1.7e9,
-        "packages": {"vllm": "0.29.0"},
-        "machine": {"cpu_model": "Test CPU", "num_cpus": 2, "memory_bytes": 2**33, "gpus": [], "platform": "Linux"},
-        "status": status,
-        "ended_unix_s": None,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "provenance.json").write_text(json.dumps(provenance))
-
-
-def write_events(folder, scalars, run_name="run", first_step=1):
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(log_dir=str(folder / "tensorboard" / run_name))
-    for step, values in enumerate(scalars, start=first_step):
-        for tag, value in values.items():
-            writer.add_scalar(f"train/{tag}", value, step)
-    writer.close()
-
-
-class Page(HTMLParser):
-    """The tags and the visible text of an HTML document."""
-
-    def __init__(self, markup):
-        super().__init__()
-        self.tags, self.text, self.images = set(), "", []
-        self.feed(markup)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        if tag == "img":
-            self.images.append(dict(attrs)["src"])
-
-    def handle_data(self, data):
-        self.text += data
-
-
 @pytest.fixture
 def two_runs(tmp_path):
     # Ten drafts of two tokens per rollout: 9 accepted at the first position, 6 at the second.
@@ -126,14 +38,14 @@ def two_runs(tmp_path):
 
 
 def test_summary_numbers_worked_out_by_hand(two_runs):
-    comparison = compare([load_run(folder) for folder in two_runs], baseline=0, num_warmup_steps=1)
+    comparison = compare(group_arms([load_run(folder) for folder in two_runs]), baseline=0, num_warmup_steps=1)
     vanilla, fixed = comparison.arms
 
     # Vanilla, first step (30 s) left out: 6 steps of 4 s and one of 6 s: sum 30 s, median 4 s. Each step adds 3 s.
     assert (vanilla.rollout_s.n, vanilla.rollout_s.total, vanilla.rollout_s.median) == (7, 30.0, 4.0)
     assert (vanilla.step_s.total, vanilla.step_s.median) == (30.0 + 7 * 3, 7.0)
     assert vanilla.warmup_rollout_s == [30.0]
-    assert (vanilla.num_steps, vanilla.broadcast_s.median, vanilla.weight_sync_s.median) == (8, 0.5, 0.25)
+    assert (vanilla.num_steps_by_run, vanilla.broadcast_s.median, vanilla.weight_sync_s.median) == ([8], 0.5, 0.25)
     # 7 rollouts of 100 tokens in 30 s; median of 4 s / 100.
     assert vanilla.tokens_per_s == 700 / 30
     assert vanilla.s_per_token.median == 0.04
@@ -164,57 +76,29 @@ def test_summary_numbers_worked_out_by_hand(two_runs):
 def test_an_interval_around_one_is_no_difference_detected():
     random.seed(0)
     noise = [random.gauss(5, 1) for _ in range(20)]
-    estimate = ratio_of_medians(noise, [random.gauss(5, 1) for _ in range(15)])
+    estimate = ratio_of_medians([(noise, [random.gauss(5, 1) for _ in range(15)])])
     assert estimate.low < 1 < estimate.high
-    assert estimate.verdict == "no difference detected at n = 20 and 15 steps"
+    half_width = (estimate.high - estimate.low) / 2
+    assert estimate.verdict == (
+        f"no difference detected at n = 20 and 15 steps; one under about {half_width:.3f} would not show here"
+    )
+    assert not estimate.is_claim
 
 
 def test_the_interval_of_a_difference_of_means_agrees_with_the_normal_one():
     # Two arms of 400 unit-variance values: standard error sqrt(1/400 + 1/400) = 0.0707, 95% half-width 0.139.
     random.seed(1)
     run, base = ([random.gauss(mean, 1) for _ in range(400)] for mean in (1, 0))
-    estimate = difference_of_means(run, base)
+    estimate = difference_of_means([(run, base)])
     assert estimate.high - estimate.low == pytest.approx(2 * 0.139, rel=0.1)
     assert estimate.low < estimate.value < estimate.high
     assert estimate.verdict == "higher (n = 400 steps each)"
 
 
 def test_few_steps_give_a_value_without_an_interval():
-    estimate = ratio_of_medians([1.0, 1.0], [2.0, 2.0])
+    estimate = ratio_of_medians([([1.0, 1.0], [2.0, 2.0])])
     assert (estimate.value, estimate.low, estimate.high) == (2.0, None, None)
     assert "too few steps" in estimate.verdict
-
-
-def test_engines_of_one_rollout_are_pooled_by_tokens(tmp_path):
-    write_description(tmp_path / "r", arm="adaptive", self_spec={**FIXED, "mode": "adaptive"})
-    engines = ((0, 1, SpecDecodeCounts(30, 30, 30, [30], [30])), (1, 2, SpecDecodeCounts(10, 20, 5, [5, 0], [10, 10])))
-    for engine, gamma, counts in engines:
-        append_row(
-            tmp_path / "r" / "metrics.jsonl",
-            rollout_row(
-                rollout=0,
-                engine=engine,
-                time_unix_s=1.0,
-                rollout_s=1.0,
-                weight_sync_s=0.1 + engine,
-                requantize_s=0.2,
-                num_responses=1,
-                num_prompt_tokens=1,
-                num_output_tokens=50,
-                counts=counts,
-                gamma=gamma,
-            ),
-        )
-    totals = load_run(tmp_path / "r").rollouts[1]
-    assert (totals.num_output_tokens, totals.num_drafts, totals.num_draft_tokens, totals.num_accepted_tokens) == (
-        100,
-        40,
-        50,
-        35,
-    )
-    assert (totals.weight_sync_s, totals.requantize_s, totals.gamma) == (1.1, 0.2, 1.5)
-    # First position: (30 drafts at 1.0 + 10 at 0.5) / 40 = 0.875; second: only the other engine, 0 of 10.
-    assert totals.acceptance_rate_by_pos == (0.875, 0.0)
 
 
 def test_report_writes_a_self_contained_page_and_prints_the_table(two_runs, tmp_path, capsys):
@@ -295,11 +179,14 @@ def test_without_a_vanilla_run_a_baseline_must_be_named(two_runs, tmp_path):
     assert comparison.versus[0].rollout_speedup.value == 2.0  # 5 s against 2.5 s
 
 
-def test_two_runs_of_one_arm_are_told_apart_by_folder(tmp_path):
-    runs = [load_run(make_run(tmp_path / name, [1.0] * 3)) for name in ("one", "two")]
-    assert [arm.label for arm in compare(runs, 0, 1).arms] == ["vanilla (one)", "vanilla (two)"]
-    twin = load_run(make_run(tmp_path / "elsewhere" / "one", [1.0] * 3))
-    labels = [arm.label for arm in compare([*runs, twin], 0, 1).arms]
+def test_arms_of_one_mode_with_different_settings_are_told_apart_by_folder(tmp_path):
+    def run(folder, temperature):
+        return load_run(make_run(folder, [1.0] * 3, flags={**FLAGS, "rollout.temperature": temperature}))
+
+    runs = [run(tmp_path / "one", 1.0), run(tmp_path / "two", 0.6)]
+    assert [arm.label for arm in group_arms(runs)] == ["vanilla (one)", "vanilla (two)"]
+    twin = run(tmp_path / "elsewhere" / "one", 0.8)
+    labels = [arm.label for arm in group_arms([*runs, twin])]
     assert labels == [f"vanilla ({runs[0].run_dir})", "vanilla (two)", f"vanilla ({twin.run_dir})"]
 
 
@@ -342,7 +229,7 @@ def test_different_flags_steps_machines_and_versions_are_warned_about(two_runs, 
 def test_speedups_cover_only_steps_both_runs_logged(tmp_path):
     base = load_run(make_run(tmp_path / "a", [1.0] * 6 + [100.0] * 20))
     run = load_run(make_run(tmp_path / "b", [1.0] * 6, arm="fixed", self_spec=FIXED))
-    (versus,) = compare([base, run], 0, 1).versus
+    (versus,) = compare(group_arms([base, run]), 0, 1).versus
     assert (versus.rollout_speedup.value, versus.rollout_speedup.n_baseline) == (1.0, 5)
 
 
@@ -371,6 +258,16 @@ def test_missing_metrics_are_called_missing(tmp_path):
     assert len(Page((tmp_path / "out" / "report.html").read_text()).images) == 1
 
 
+def test_an_arm_that_never_drafted_is_said_to_be_plain_decoding(tmp_path):
+    seconds = [9, 4, 4, 4]
+    base = make_run(tmp_path / "a", seconds)
+    idle = make_run(tmp_path / "b", seconds, arm="adaptive", self_spec={**FIXED, "mode": "adaptive"}, counts=SpecDecodeCounts())
+    assert report.main([str(base), str(idle), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "drafted nothing in any rollout, so this arm is plain decoding" in text
+    assert "| acceptance rate, by tokens | – | no drafts |" in text
+
+
 def test_metrics_alone_without_tensorboard_are_read(two_runs, tmp_path):
     for file in (two_runs[1] / "tensorboard" / "run").iterdir():
         file.unlink()
@@ -378,51 +275,6 @@ def test_metrics_alone_without_tensorboard_are_read(two_runs, tmp_path):
     assert comparison.arms[1].acceptance_rate == 0.75
     assert comparison.arms[1].rollout_s is None
     assert comparison.versus[0].rollout_speedup.verdict == "missing"
-
-
-def test_cut_files_keep_their_whole_records(two_runs):
-    metrics = two_runs[1] / "metrics.jsonl"
-    metrics.write_bytes(metrics.read_bytes()[:-30])
-    (events,) = (two_runs[1] / "tensorboard" / "run").iterdir()
-    events.write_bytes(events.read_bytes()[:-10])  # cuts the last scalar, vllm_kl of step 8
-    run = load_run(two_runs[1])
-    assert list(run.rollouts) == [1, 2, 3, 4, 5, 6, 7]
-    assert len(run.scalar("train/vllm_kl")) == 7
-    assert len(run.scalar("train/timing/generation")) == 8
-    assert any("1 unreadable line" in note for note in run.notes)
-
-
-def test_a_running_run_is_only_noted(tmp_path):
-    write_description(tmp_path / "r", status="running")
-    write_events(tmp_path / "r", [{"timing/generation": 1.0}] * 2)
-    assert any("'running'" in note for note in load_run(tmp_path / "r").notes)
-
-
-def test_a_resumed_run_counts_each_step_once_the_later_time(tmp_path):
-    folder = make_run(tmp_path / "r", [1.0, 1.0, 1.0])
-    write_events(folder, [{"timing/generation": 7.0}] * 2, run_name="again", first_step=3)
-    append_row(folder / "metrics.jsonl", {"rollout": 2, "engine": 0, "num_output_tokens": 77})
-    run = load_run(folder)
-    assert run.scalar("train/timing/generation") == {1: 1.0, 2: 1.0, 3: 7.0, 4: 7.0}
-    assert run.rollouts[3].num_output_tokens == 77
-    assert any("logged more than once" in note for note in run.notes)
-    assert any("replaced by a later row" in note for note in run.notes)
-
-
-def test_skipped_steps_and_nan_values_are_noted(tmp_path):
-    folder = tmp_path / "r"
-    write_description(folder)
-    write_events(folder, [{"timing/generation": 1.0, "vllm_kl": float("nan")}])
-    write_events(folder, [{"timing/generation": 1.0}], run_name="more", first_step=10)
-    run = load_run(folder)
-    assert run.scalar("train/vllm_kl") == {}
-    assert any("NaN or infinite" in note for note in run.notes)
-    assert any("only 2 of the steps 1..10" in note for note in run.notes)
-
-
-def test_asynchronous_steps_use_the_trainers_wall_clock(tmp_path):
-    run = load_run(make_run(tmp_path / "r", [1.0, 1.0], flags={**FLAGS, "train.async_enable": True}))
-    assert run.step_s() == {1: 999.0, 2: 999.0}
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,6 @@ from types import ModuleType
 
 from openrlhf_sd.import_patches import ModulePatch, patch_on_import
 
-WORKER_EXTENSION = "openrlhf_sd.cpu.weight_sync.CpuWorkerWrap"
-
 
 def is_needed() -> bool:
     """True only where CUDA is absent."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from vllm.platforms import current_platform
 
 from openrlhf_sd.calibration_choice import choose_calibration
-from openrlhf_sd.config import DEFAULT_QUANT, SelfSpecConfig, SelfSpecError
-from openrlhf_sd.engine.quantize import check_group_size, default_group_size, linear_input_widths
+from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
+from openrlhf_sd.drafter_scheme import linear_input_widths, resolve_scheme
 from openrlhf_sd.model_support import check_model
 from openrlhf_sd.policy.cost_model import CostModel
 
@@ -28,14 +27,7 @@ def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -
     except (OSError, ValueError) as error:
         raise SelfSpecError(f"model: {model!r} holds no readable config.json ({str(error).splitlines()[0]})") from error
     check_model(hf_config.to_dict(), "model")
-    quant = config.quant or DEFAULT_QUANT["cpu" if current_platform.is_cpu() else "cuda"]
-    group_size = config.group_size
-    if quant == "w4":
-        widths = linear_input_widths(hf_config, tensor_parallel_size)
-        if group_size is None:
-            group_size = default_group_size(widths)
-        check_group_size(group_size, widths)
-    return dataclasses.replace(config, quant=quant, group_size=group_size)
+    return resolve_scheme(config, linear_input_widths(hf_config, tensor_parallel_size), "cpu" if current_platform.is_cpu() else "cuda")
 
 
 def engine_args(

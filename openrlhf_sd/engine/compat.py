@@ -22,6 +22,7 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.v1.engine.core", "EngineCore", "calls from the rollout actor to the scheduler"),
     ("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", "calls from the rollout actor to the scheduler"),
     ("openrlhf.trainer.ppo_utils.samples_generator", "SamplesGenerator.generate_eval_samples", "evaluation is told apart"),
+    ("openrlhf.trainer.ppo_trainer", "prepare_datasets", "the order of the prompts is seeded"),
     ("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", "base class on CUDA"),
     ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._create_draft_vllm_config", "quantization and dummy loading"),
     ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._maybe_share_embeddings", "shared with the policy"),

@@ -12,52 +12,10 @@ from typing import Any
 
 import torch
 
-from openrlhf_sd.config import DEFAULT_GROUP_SIZE, SelfSpecError
-
 Tensors = list[tuple[str, torch.Tensor]]
 
 _ROWS_PER_CHUNK_BYTES = 1 << 20
 """Work on about this many bytes of weight at a time, so that intermediates stay in the L2 cache."""
-
-
-def default_group_size(in_features: tuple[int, ...]) -> int:
-    """The largest power of two up to 128 that divides every input width.
-
-    Raises:
-        SelfSpecError: no group of at least 32 fits (vLLM's CPU kernel needs multiples of 32; Marlin knows 32, 64, 128).
-    """
-    group = DEFAULT_GROUP_SIZE
-    while group >= 32:
-        if all(width % group == 0 for width in in_features):
-            return group
-        group //= 2
-    raise SelfSpecError(
-        f"--self-spec.quant: w4 needs linear input widths that are multiples of 32, this model has {sorted(set(in_features))}; "
-        "use --self-spec.quant w8a8"
-    )
-
-
-def check_group_size(group_size: int, in_features: tuple[int, ...]) -> None:
-    """Raises SelfSpecError if an explicit group size does not divide a quantized linear's input width."""
-    for width in in_features:
-        if width % group_size:
-            raise SelfSpecError(
-                f"--self-spec.group_size: {group_size} does not divide the input width {width} of a quantized linear; "
-                f"use {default_group_size(in_features)} or leave it out"
-            )
-
-
-def linear_input_widths(hf_config: Any, tensor_parallel_size: int = 1) -> tuple[int, ...]:
-    """Input widths of the quantized decoder linears of a dense model, per tensor-parallel rank (row-parallel ones are cut).
-
-    `hf_config` is anything with the attributes of a Hugging Face text config.
-    """
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    return (
-        hf_config.hidden_size,
-        hf_config.num_attention_heads * head_dim // tensor_parallel_size,
-        hf_config.intermediate_size // tensor_parallel_size,
-    )
 
 
 def compressed_tensors_config(quant: str, group_size: int) -> dict[str, Any] | None:
