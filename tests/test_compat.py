@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +16,14 @@ from openrlhf_sd.engine import compat
 
 @pytest.mark.parametrize(("module", "path"), [(module, path) for module, path, _ in compat.NAMES])
 def test_upstream_name_exists(module, path):
-    found = importlib.import_module(module)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        # OpenRLHF's trainers import flash-attn, which a machine without a GPU lacks: there, read instead of importing.
+        assert missing.name == "flash_attn"
+        source = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
+        assert path in {node.name for node in source.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        return
     for part in path.split("."):
         assert hasattr(found, part), f"{module}.{path}"
         found = getattr(found, part)

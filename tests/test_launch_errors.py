@@ -81,6 +81,15 @@ SPOILED = {
     ),
     "LoRA with self-speculation": ({"--self-spec": "fixed", "--ds.lora.rank": "8"}, "--ds.lora.rank: does not work"),
     "no engine": ({"--self-spec": "fixed", "--vllm.num_engines": "0"}, "--vllm.num_engines:"),
+    "engines that do not cover the actor's GPUs": (
+        # 1 engine of 1 GPU; OpenRLHF's actor has 1 x 8 by default
+        {"--train.colocate_all": None},
+        "--train.colocate_all: puts the engines on the actor's GPUs, but the actor has 8",
+    ),
+    "reference on other GPUs than the actor's": (
+        {"--train.colocate_actor_ref": None, "--actor.num_gpus_per_node": "4"},
+        "--ref.num_gpus_per_node: actor and reference share GPUs, but have 1 x 4 and 1 x 8",
+    ),
     "flag without mode": ({"--self-spec.gamma": "3"}, "--self-spec.gamma: means nothing without"),
     "unknown flag of OpenRLHF": ({"--rollout.batch_siz": "8"}, "--rollout.batch_siz: no such flag; did you mean"),
     "missing reward file": ({"--reward.remote_url": "/no/such/reward.py"}, "--reward.remote_url: no file"),
@@ -100,7 +109,10 @@ SPOILED_ON_CPU = {
     "dynamic batch": ({"--train.dynamic_batch_enable": None}, "--train.dynamic_batch_enable: packs samples"),
     "sync with ray": ({"--vllm.sync_with_ray": None}, "--vllm.sync_with_ray:"),
     "tensor parallel": ({"--vllm.tensor_parallel_size": "2"}, "--vllm.tensor_parallel_size:"),
-    "CUDA IPC": ({"--train.colocate_all": None}, "--train.colocate_all:"),
+    "CUDA IPC": (
+        {"--train.colocate_all": None, "--actor.num_gpus_per_node": "1", "--ref.num_gpus_per_node": "1"},
+        "--train.colocate_all: hands weights over by CUDA IPC",
+    ),
 }
 
 
@@ -179,5 +191,23 @@ def test_a_model_that_cannot_draft_for_itself_is_refused(good_flags, forbid_trai
     with open(f"{model}/config.json", "w") as file:
         json.dump({**TINY_CONFIG, **change}, file)
     assert launch.main(as_argv({**good_flags, "--self-spec": "fixed"})) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("openrlhf-sd: error: --actor.model_name_or_path: ") and message in line
+
+
+def test_responses_longer_than_the_model_has_positions_are_refused(good_flags, forbid_training, capsys):
+    model = good_flags["--actor.model_name_or_path"]
+    with open(f"{model}/config.json", "w") as file:
+        json.dump({**TINY_CONFIG, "max_position_embeddings": 4096}, file)
+    assert launch.main(as_argv({**good_flags, "--data.max_len": "9216"})) == 2
+    assert "--data.max_len: prompt and response may take 9216 tokens, but the model has 4096 positions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, message", [("[]", "holds no JSON object"), ("{", "cannot read")])
+def test_a_config_that_is_none_is_named(good_flags, forbid_training, capsys, text, message):
+    model = good_flags["--actor.model_name_or_path"]
+    with open(f"{model}/config.json", "w") as file:
+        file.write(text)
+    assert launch.main(as_argv(good_flags)) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("openrlhf-sd: error: --actor.model_name_or_path: ") and message in line

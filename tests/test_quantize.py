@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from openrlhf_sd import drafter_scheme
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.engine import quantize
+from openrlhf_sd.policy.model_constants import model_constants
 
 
 def weight(rows: int, columns: int, dtype=torch.bfloat16) -> torch.Tensor:
@@ -93,14 +95,31 @@ QWEN_7B = SimpleNamespace(hidden_size=3584, num_attention_heads=28, head_dim=Non
 @pytest.mark.parametrize(("ranks", "group_size"), [(1, 128), (2, 128), (4, 128), (8, 64)])
 def test_group_size_divides_every_rank(ranks, group_size):
     # 18944 / 8 = 2368 = 37 * 64
-    assert quantize.default_group_size(quantize.linear_input_widths(QWEN_7B, ranks)) == group_size
+    assert drafter_scheme.default_group_size(drafter_scheme.linear_input_widths(QWEN_7B, ranks)) == group_size
 
 
 def test_group_size_that_does_not_divide_names_flag_and_mend():
     with pytest.raises(SelfSpecError, match=r"--self-spec.group_size: 96 does not divide.*use 128"):
-        quantize.check_group_size(96, quantize.linear_input_widths(QWEN_7B))
+        drafter_scheme.check_group_size(96, drafter_scheme.linear_input_widths(QWEN_7B))
+
+
+@pytest.mark.parametrize(
+    ("quant", "group_size"),
+    [("w4", 128), ("w4", 64), ("w4", 32), ("w8a8", 128), ("none", 128)],
+)
+def test_drafter_bytes_are_the_sizes_of_the_quantized_tensors(quant, group_size):
+    config = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 512}
+    constants = model_constants(config | {"num_attention_heads": 4, "num_key_value_heads": 2})
+    # 4 query heads and 2 key and value heads of 64; a Hugging Face checkpoint has the matrices that vLLM fuses one by one
+    attention, mlp = [(256, 256), (128, 256), (128, 256), (256, 256)], [(384, 256), (384, 256), (256, 384)]
+    num_bytes = 0
+    for shape in 2 * (attention + mlp):
+        for name, tensor in quantize.checkpoint_tensors("model.layers.0.some_proj.weight", weight(*shape), quant, group_size):
+            if not name.endswith("_shape"):  # two numbers for the loader, no part of the layer
+                num_bytes += tensor.nbytes
+    assert constants.drafter_bytes(quant, group_size) == num_bytes
 
 
 def test_model_without_a_group_size_is_told_to_use_w8a8():
     with pytest.raises(SelfSpecError, match="--self-spec.quant w8a8"):
-        quantize.default_group_size((80,))
+        drafter_scheme.default_group_size((80,))

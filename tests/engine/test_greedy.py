@@ -53,6 +53,8 @@ def test_gamma_changing_at_every_step(measured, plain, warm_policy, quant):
     config = SelfSpecConfig(mode="fixed", gamma=7, quant=quant)
     with self_spec_engine(warm_policy, config, scheduler_cls=random_gamma.QUALNAME) as llm:
         outputs = generate(llm, prompts, greedy(NUM_TOKENS))
+        counts = spec_decode_counts(llm)
+    assert 0 < counts["num_draft_tokens"] < 7 * counts["num_drafts"], "gamma did not change"
     divergences = sum(excused_divergences(want, got) for want, got in zip(reference, outputs, strict=True))
     measured(f"gamma 0..7 at random, {quant}: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie")
 

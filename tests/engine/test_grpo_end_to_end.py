@@ -105,7 +105,7 @@ def test_vanilla_loads_none_of_our_engine_code(runs):
     config = json.loads((runs["vanilla"] / "config.json").read_text())
     assert config["arm"] == "vanilla" and config["self_spec"] is None
     code = (
-        "import sys; from openrlhf_sd import rollout_actor, launch; rollout_actor.make_create_vllm_engines(None, None);"
+        "import sys; from openrlhf_sd import rollout_engines, launch; rollout_engines.make_create_vllm_engines(None, None);"
         "print([name for name in sys.modules if name.startswith('openrlhf_sd.engine')])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip().endswith("[]")
@@ -119,7 +119,7 @@ def test_provenance_and_resolved_settings(runs):
 
 
 def test_rows_tell_what_happened_inside_the_rollout(runs):
-    for arm in ("fixed", "adaptive", "auto"):
+    for arm in ("vanilla", "fixed", "adaptive", "auto"):
         for row in read_rows(runs[arm] / "metrics.jsonl")[0]:
             assert sum(row["response_lengths"]) == row["num_output_tokens"]
             segments = [dict(zip(TIMELINE_COLUMNS, segment)) for segment in row["timeline"]]
