@@ -13,7 +13,7 @@ os.environ |= {
     # Tests send functions to the worker by collective_rpc.
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     # The engine process imports this folder's helpers (schedulers and workers made faulty on purpose) by name.
-    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
 }
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import random_gamma
+import simulated_times
 from engines import AcceptanceSince, generate, plain_engine, sampled, self_spec_engine
 from scipy.stats import chi2_contingency
 
@@ -60,7 +61,8 @@ NUM_TESTS = 3 * len(SETTINGS) * len(STATISTICS)
 
 @pytest.mark.parametrize(("quant", "scheduler"), [("w4", "fixed"), ("w8a8", "random"), ("w8a8", "auto")])
 def test_same_distribution_as_plain_vllm(measured, plain, small_vocab_policy, quant, scheduler):
-    overrides = {"scheduler_cls": random_gamma.QUALNAME} if scheduler == "random" else {}
+    schedulers = {"random": random_gamma.QUALNAME, "auto": simulated_times.QUALNAME}
+    overrides = {"scheduler_cls": schedulers[scheduler]} if scheduler in schedulers else {}
     if scheduler == "auto":
         config = SelfSpecConfig(mode="auto", gamma_max=3, calibration="none", quant=quant)
     else:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import random_gamma
+import simulated_times
 from engines import call, generate, greedy, plain_engine, self_spec_engine, spec_decode_counts, token_prompts
 
 from openrlhf_sd import SelfSpecConfig
@@ -60,11 +61,12 @@ def test_gamma_changing_at_every_step(measured, plain, warm_policy, quant):
 
 
 def test_auto(measured, plain, warm_policy):
-    """Uncalibrated, so that it has to try gammas out: they change within the rollout, and the batch shrinks as requests end."""
+    """Uncalibrated, so that it has to try gammas out: they change within the rollout, and the batch shrinks as requests end. By simulated
+    step times: on a machine where speculation does not pay, `auto` rightly leaves it off, which would show nothing."""
     prompts, reference = plain
     lengths = [16 + 80 * (index % 8 == 0) for index in range(NUM_PROMPTS)]
     config = SelfSpecConfig(mode="auto", gamma_max=7, calibration="none", quant="w8a8")
-    with self_spec_engine(warm_policy, config) as llm:
+    with self_spec_engine(warm_policy, config, scheduler_cls=simulated_times.QUALNAME) as llm:
         outputs = generate(llm, prompts, [greedy(length) for length in lengths])
         report = json.loads(llm.llm_engine.engine_core.call_utility("self_spec_end_rollout", 0, 0, 0))
     gammas = [segment[0] for segment in report["timeline"]]
