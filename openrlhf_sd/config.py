@@ -86,6 +86,13 @@ class SelfSpecConfig:
     raise_at: float = field(default=0.94, metadata={"help": "`adaptive` climbs a rung at or above this acceptance rate."})
     lower_at: float = field(default=0.85, metadata={"help": "`adaptive` descends a rung at or below this acceptance rate."})
     patience: int = field(default=2, metadata={"help": "Rollouts in a row before `adaptive` moves."})
+    audit: int = field(
+        default=0,
+        metadata={
+            "help": "Every this many rollouts score a few responses again without speculation, and stop the run where their logprobs differ by "
+            "more than bf16 noise. 0: never."
+        },
+    )
     run_dir: str | None = field(
         default=None,
         metadata={"help": "Folder for config.json, provenance.json, metrics.jsonl. Alone (no mode) it records a vanilla run."},
@@ -135,6 +142,7 @@ class SelfSpecConfig:
             "--self-spec.lower_at",
             f"needs 0 <= lower_at < raise_at <= 1, got {self.lower_at} and {self.raise_at}",
         )
+        _require(self.audit >= 0, "--self-spec.audit", f"{self.audit} must be 0 (never) or more, for example 10")
         _require(self.patience >= 1, "--self-spec.patience", f"{self.patience} must be at least 1")
 
     @property

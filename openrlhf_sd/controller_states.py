@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_sd.config import SelfSpecError
-from openrlhf_sd.metrics import append_row, read_rows
+from openrlhf_sd.metrics import read_rows
 
 FOLDER = "self_spec"
 
@@ -28,14 +28,14 @@ class ControllerStates:
     global_step: int
     mode: str
 
-    def save(self, engine: int, global_step: int, state: dict[str, Any]) -> None:
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
-        append_row(self._path(engine), {"global_step": global_step, "mode": self.mode, "state": state})
+    def row(self, global_step: int, state: dict[str, Any]) -> dict[str, Any]:
+        """The line of a finished training step, to be appended to `path`."""
+        return {"global_step": global_step, "mode": self.mode, "state": state}
 
     def load(self, engine: int) -> dict[str, Any] | None:
         """The state at the checkpoint, None when this run starts anew, or when the run before it had no such engine, or another mode:
         acceptance is then learned from the first rollout on."""
-        path = self._path(engine)
+        path = self.path(engine)
         if self.global_step == 0 or not path.exists():
             return None
         rows, _ = read_rows(path)
@@ -43,7 +43,7 @@ class ControllerStates:
         found = [row for row in rows if row.get("global_step") == self.global_step and row.get("mode") == self.mode]
         return found[-1]["state"] if found else None
 
-    def _path(self, engine: int) -> Path:
+    def path(self, engine: int) -> Path:
         return Path(self.folder) / f"engine{engine}.jsonl"
 
 

@@ -68,8 +68,10 @@ def flag_problems(config: SelfSpecConfig | None, upstream: argparse.Namespace) -
     flags = vars(upstream)
     if config is not None:
         yield from _self_spec(flags)
+        yield from _audit(config, flags)
         yield from _ramp_up(config, flags)
     yield from _colocation(flags)
+    yield from _dtype(flags)
 
 
 def cpu_problems(upstream: argparse.Namespace) -> Problems:
@@ -95,8 +97,50 @@ def _self_spec(flags: dict[str, Any]) -> Problems:
             "--ds.lora.rank: does not work with --self-spec, because OpenRLHF's weight sync sends adapters "
             "the engine cannot load; train without LoRA"
         )
+    if flags["ds.load_in_4bit"]:
+        yield SelfSpecError(
+            "--ds.load_in_4bit: does not work with --self-spec, because the trainer's packed 4-bit weights are none the engine can load or the "
+            "drafter be quantized from; train in bf16"
+        )
+    if flags["data.max_images_per_prompt"] > 0:
+        yield SelfSpecError(
+            "--data.max_images_per_prompt: does not work with --self-spec, because the drafter has no way to see images; train without "
+            "--self-spec"
+        )
+    if flags["train.partial_rollout_enable"] and flags["vllm.enable_prefix_caching"]:
+        yield SelfSpecError(
+            "--vllm.enable_prefix_caching: with --train.partial_rollout_enable vLLM cannot forget the prompts it has cached under the old "
+            "weights, and new responses would start from them; drop one of the two"
+        )
+    if flags["use_ms"] and not Path(flags["actor.model_name_or_path"] or "").expanduser().is_dir():
+        yield SelfSpecError("--use_ms: --self-spec must read the model before ModelScope can fetch it; download it and give its folder")
     if not flags["vllm.num_engines"]:
         yield SelfSpecError("--vllm.num_engines: --self-spec speculates inside vLLM engines; give at least 1")
+
+
+def _audit(config: SelfSpecConfig, flags: dict[str, Any]) -> Problems:
+    if not config.audit:
+        return
+    if config.run_dir is None:
+        yield SelfSpecError("--self-spec.audit: has nowhere to save evidence; add --self-spec.run_dir")
+    if flags["train.partial_rollout_enable"]:
+        yield SelfSpecError(
+            "--self-spec.audit: with --train.partial_rollout_enable the weights change in the middle of a response, so no one policy can score "
+            "it again; drop one of the two"
+        )
+    if flags["algo.advantage.is_correction_level"] != "off" and flags["rollout.top_p"] < 1:
+        yield SelfSpecError(
+            "--self-spec.audit: the rollout's logprobs are those after --rollout.top_p and cannot be computed again from a prefill; use "
+            "--rollout.top_p 1 or drop the audit"
+        )
+
+
+def _dtype(flags: dict[str, Any]) -> Problems:
+    """What OpenRLHF's weight sync asserts after the first training step (`trainer/ray/vllm_worker_wrap.py`): its engines are bf16."""
+    if flags["ds.param_dtype"] != "bf16" and flags["vllm.num_engines"]:
+        yield SelfSpecError(
+            f"--ds.param_dtype: OpenRLHF's vLLM engines are bf16 and refuse weights in {flags['ds.param_dtype']} at the first sync; use bf16"
+        )
 
 
 def _ramp_up(config: SelfSpecConfig, flags: dict[str, Any]) -> Problems:
@@ -184,8 +228,6 @@ def _cpu_engines(flags: dict[str, Any]) -> Problems:
             "--vllm.tensor_parallel_size: one engine uses the cores of this machine already; "
             "use 1, or more --vllm.num_engines"
         )
-    if flags["vllm.enable_sleep"] and flags["train.colocate_all"]:
-        yield SelfSpecError("--vllm.enable_sleep: vLLM cannot sleep on the CPU; drop it")
     if flags["train.colocate_all"] and flags["vllm.sync_backend"] == "nccl":
         yield SelfSpecError(
             "--train.colocate_all: hands weights over by CUDA IPC and there is no GPU; add --vllm.sync_backend gloo"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
-from openrlhf_sd.metrics import append_row
+from openrlhf_sd.metrics import METRICS_FILE
 from openrlhf_sd.plain_steps import PlainSteps
 from openrlhf_sd.rollout_record import RolloutRecord
+from openrlhf_sd.row_writer import RowWriter
 
 
 def plain_rollout_actor(upstream_actor: Any) -> Any:
@@ -18,13 +20,20 @@ def plain_rollout_actor(upstream_actor: Any) -> Any:
     return ray.remote(_plain_class(upstream_actor.__ray_metadata__.modified_class))
 
 
+def print_news(line: str | None) -> None:
+    """Ray shows what an actor prints in the log of the run."""
+    if line is not None:
+        print(line, flush=True)
+
+
 def recording_class(base: type) -> type:
     class RecordingRolloutActor(base):
         """A rollout is what is generated between two ends of a weight broadcast; the row is written at the second."""
 
-        async def __init__(self, *args: Any, engine: int, metrics_path: str | None, **kwargs: Any) -> None:
+        async def __init__(self, *args: Any, engine: int, run_dir: Path | None, **kwargs: Any) -> None:
             self._engine = engine
-            self._metrics_path = metrics_path
+            self._run_dir = run_dir
+            self._rows = run_dir and RowWriter(run_dir / METRICS_FILE)
             self._rollout = 0
             self._sync_started_s: float | None = None
             self._record = RolloutRecord()
@@ -40,6 +49,10 @@ def recording_class(base: type) -> type:
             self._record.request_answered(len(prompt_token_ids), len(output.outputs[0].token_ids))
             return output
 
+        @property
+        def _is_eval(self) -> bool:
+            return self._training_record is not None
+
         async def begin_eval(self) -> None:
             """What follows is evaluation (eval_mark.py): it counts into no training rollout's row."""
             self._training_record, self._record = self._record, RolloutRecord(acceptance_before=self._record.acceptance_before)
@@ -48,20 +61,20 @@ def recording_class(base: type) -> type:
             self._record, self._training_record = self._training_record, None
 
         async def update_weight(self, name, dtype, shape, empty_cache=False):
-            self._sync_starts()
+            await self._sync_starts()
             result = await super().update_weight(name, dtype, shape, empty_cache)
             if empty_cache:
                 await self._sync_ended()
             return result
 
         async def update_weight_cuda_ipc(self, name, dtype, shape, ipc_handles, empty_cache=False):
-            self._sync_starts()
+            await self._sync_starts()
             result = await super().update_weight_cuda_ipc(name, dtype, shape, ipc_handles, empty_cache)
             if empty_cache:
                 await self._sync_ended()
             return result
 
-        def _sync_starts(self) -> None:
+        async def _sync_starts(self) -> None:
             if self._sync_started_s is None:
                 self._sync_started_s = time.perf_counter()
 
@@ -69,7 +82,7 @@ def recording_class(base: type) -> type:
             weight_sync_s = time.perf_counter() - self._sync_started_s
             self._sync_started_s = None
             record, self._record = self._record, self._record.next()
-            report = await self._rollout_ended(record)
+            report = await self._rollout_ended(record) or {}
             if record.num_responses == 0:
                 return  # the broadcast of a resumed run, before its first rollout
             row = record.row(
@@ -77,18 +90,15 @@ def recording_class(base: type) -> type:
                 engine=self._engine,
                 time_unix_s=time.time(),
                 weight_sync_s=weight_sync_s,
-                requantize_s=await self._requantize_s(),
                 counts=self._spec_decode_counts(record),
                 report=report,
             )
             self._rollout += 1
-            if self._metrics_path is not None:
-                append_row(self._metrics_path, row)
+            if self._rows is not None:
+                print_news(self._rows.write(row))
 
         async def _rollout_ended(self, record: RolloutRecord) -> dict[str, Any] | None:
-            return None
-
-        async def _requantize_s(self) -> float | None:
+            """What goes into the row beside what this class has counted; see `RolloutRecord.row`."""
             return None
 
         def _spec_decode_counts(self, record: RolloutRecord):

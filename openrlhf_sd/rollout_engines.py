@@ -12,7 +12,6 @@ from typing import Any
 
 from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.controller_states import ControllerStates
-from openrlhf_sd.metrics import METRICS_FILE
 from openrlhf_sd.policy.cost_model import CostModel
 from openrlhf_sd.rollout_actor import plain_rollout_actor
 from openrlhf_sd.rollout_pool import start_pool
@@ -38,7 +37,7 @@ def make_create_vllm_engines(self_spec: SelfSpecRun | None, run_dir: str | None)
 
     Args:
         self_spec: None for vanilla engines whose rollouts are recorded and nothing else.
-        run_dir: where metrics.jsonl goes; None keeps no file.
+        run_dir: where metrics.jsonl and evidence go; None keeps no file.
     """
     from openrlhf.trainer.ray import vllm_engine
 
@@ -46,11 +45,11 @@ def make_create_vllm_engines(self_spec: SelfSpecRun | None, run_dir: str | None)
 
     def create_vllm_engines(num_engines: int, *args: Any, **kwargs: Any) -> list[Any]:
         upstream_actor = vllm_engine.RolloutRayActor
-        metrics_path = None if run_dir is None else str(Path(run_dir).resolve() / METRICS_FILE)
+        ours: dict[str, Any] = {"run_dir": run_dir and Path(run_dir).resolve()}  # an actor may work in another folder
         if self_spec is None:
-            actors = _NumberedActors(plain_rollout_actor(upstream_actor), {"metrics_path": metrics_path})
+            actors = _NumberedActors(plain_rollout_actor(upstream_actor), ours)
         else:
-            ours = {"metrics_path": metrics_path, "self_spec": self_spec, "pool": start_pool(num_engines)}
+            ours |= {"self_spec": self_spec, "pool": start_pool(num_engines)}
             actors = _NumberedActors(self_spec_rollout_actor(upstream_actor), ours)
         vllm_engine.RolloutRayActor = actors
         try:

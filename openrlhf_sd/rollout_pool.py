@@ -1,4 +1,5 @@
-"""Acceptance of one rollout, pooled over the engines of a run: they share one policy, so they shall share one view of it."""
+"""What the engines of a run settle among them at the end of a weight sync: they share one policy, so they shall have the same weights and
+one view of its acceptance."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ class RolloutPool:
     def __init__(self, num_engines: int) -> None:
         self._num_engines = num_engines
         self._rollouts: dict[int, _Sum] = {}
+        self._last_agreed: tuple[int, str] = (0, "")
 
     async def add(self, rollout: int, counts: tuple[int, ...]) -> tuple[int, ...]:
         """Raises RuntimeError when an engine is missing after TIMEOUT_S."""
@@ -31,6 +33,16 @@ class RolloutPool:
                 "the first; the others are stuck or dead"
             ) from None
         return tuple(pooled.counts)
+
+    async def agree(self, sync: int, fingerprint: str) -> None:
+        """Every engine tells which weights it got in a sync. Raises RuntimeError where they differ."""
+        last_sync, last_fingerprint = self._last_agreed
+        if sync == last_sync and fingerprint != last_fingerprint:
+            raise RuntimeError(
+                f"self-speculation: weight sync {sync} delivered different weights to different engines (fingerprints {last_fingerprint} and "
+                f"{fingerprint}); the run must not go on"
+            )
+        self._last_agreed = (sync, fingerprint)
 
 
 class _Sum:

@@ -65,28 +65,27 @@ class RolloutRecord:
         engine: int,
         time_unix_s: float,
         weight_sync_s: float,
-        requantize_s: float | None,
         counts: SpecDecodeCounts | None,
-        report: dict[str, Any] | None = None,
+        report: dict[str, Any],
     ) -> dict[str, Any]:
         """The line of metrics.jsonl.
 
         Args:
             counts: None in a vanilla run.
-            report: of the scheduler's StepLedger, in a vanilla run of PlainSteps.
+            report: of the scheduler's StepLedger and of the weight sync, in a vanilla run of PlainSteps; what is not in it was not
+                measured.
 
         `response_lengths` are output tokens per engine request, in the order they ended; `timeline` is a list of TIMELINE_COLUMNS.
         `response_mean` holds the means over responses that OpenRLHF's TensorBoard and W&B show; the `rollout/sd/*` values above it are
-        pooled over tokens.
+        pooled over tokens. `drafter_error` and `weights_fingerprint` are of the sync that ended the rollout.
         """
-        report = report or {}
         row = rollout_row(
             rollout=rollout,
             engine=engine,
             time_unix_s=time_unix_s,
             rollout_s=self._busy_s,
             weight_sync_s=weight_sync_s,
-            requantize_s=requantize_s,
+            requantize_s=report.get("requantize_s"),
             num_responses=self.num_responses,
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=self.num_output_tokens,
@@ -97,6 +96,10 @@ class RolloutRecord:
             predicted_speedup=report.get("predicted_speedup"),
             measured_speedup=report.get("measured_speedup"),
         )
+        row["rollout/sd/collapse"] = report.get("collapse")
+        row["audit"] = report.get("audit")
+        row["drafter_error"] = report.get("drafter_error")
+        row["weights_fingerprint"] = report.get("fingerprint")
         row["num_steps"] = report.get("num_steps")
         row["response_lengths"] = self._response_lengths
         row["timeline"] = report.get("timeline")

@@ -28,6 +28,8 @@ _NUMBERS = (
 )
 """The columns of metrics.jsonl that are computed with, besides the per-position ones."""
 
+_AUDIT_NUMBERS = ("num_tokens", "mean_abs_diff", "max_abs_diff")
+
 
 @dataclass(frozen=True)
 class EngineRollout:
@@ -89,7 +91,7 @@ def read_rollouts(path: Path, notes: list[str]) -> dict[int, RolloutTotals]:
     """Global step -> the rollout that fed it. Of a (rollout, engine) written twice, as after a resume, the later row counts.
 
     Args:
-        notes: gets one sentence for whatever is incomplete.
+        notes: gets one sentence for whatever is incomplete, and for what a reader should know of the drafter and the audits.
 
     Raises:
         SelfSpecError: a row that no run of ours writes.
@@ -110,7 +112,32 @@ def read_rollouts(path: Path, notes: list[str]) -> dict[int, RolloutTotals]:
     num_repeated = len(rows) - sum(len(engines) for engines in by_rollout.values())
     if num_repeated:
         notes.append(f"{METRICS_FILE}: {num_repeated} row(s) replaced by a later row of the same rollout and engine")
+    counted = [by_rollout[rollout][engine] for rollout in sorted(by_rollout) for engine in sorted(by_rollout[rollout])]
+    notes += [*_collapse_notes(counted), *_audit_notes(counted)]
     return {rollout + 1: _pool_engines(list(by_rollout[rollout].values())) for rollout in sorted(by_rollout)}
+
+
+def _collapse_notes(rows: list[dict[str, Any]]) -> list[str]:
+    collapsed = [row for row in rows if row.get("rollout/sd/collapse")]
+    if not collapsed:
+        return []
+    last = collapsed[-1]
+    return [
+        f"speculation went off in {len(collapsed)} of {len(rows)} rollouts because drafts were hardly accepted; the last time in rollout "
+        f"{last['rollout']} of engine {last['engine']}: {last['rollout/sd/collapse']}"
+    ]
+
+
+def _audit_notes(rows: list[dict[str, Any]]) -> list[str]:
+    audits = [row["audit"] for row in rows if row.get("audit") and row["audit"]["num_tokens"]]
+    if not audits:
+        return []
+    num_tokens = sum(audit["num_tokens"] for audit in audits)
+    mean = sum(audit["mean_abs_diff"] * audit["num_tokens"] for audit in audits) / num_tokens
+    return [
+        f"audit: {num_tokens} sampled tokens of {len(audits)} rollouts scored again without speculation: mean |logprob difference| "
+        f"{mean:.4f}, at most {max(audit['max_abs_diff'] for audit in audits):.3f}"
+    ]
 
 
 def _check_row(row: dict[str, Any], where: str, rollout: int) -> None:
@@ -120,6 +147,11 @@ def _check_row(row: dict[str, Any], where: str, rollout: int) -> None:
     lengths, timeline = row.get("response_lengths"), row.get("timeline")
     if lengths is not None and not (isinstance(lengths, list) and all(type(value) is int for value in lengths)):
         raise SelfSpecError(f"{where}'response_lengths' of rollout {rollout} is no list of whole numbers; remove that row")
+    if not isinstance(row.get("rollout/sd/collapse"), (str, type(None))):
+        raise SelfSpecError(f"{where}'rollout/sd/collapse' of rollout {rollout} is no text; remove that row")
+    audit = row.get("audit")
+    if audit is not None and not (isinstance(audit, dict) and all(_is_number(audit.get(key)) for key in _AUDIT_NUMBERS)):
+        raise SelfSpecError(f"{where}'audit' of rollout {rollout} is no object of {', '.join(_AUDIT_NUMBERS)}; remove that row")
     if timeline is not None and not (isinstance(timeline, list) and all(map(_is_segment, timeline))):
         columns = ", ".join(TIMELINE_COLUMNS)
         raise SelfSpecError(f"{where}'timeline' of rollout {rollout} is no list of [{columns}]; remove that row")

@@ -6,8 +6,10 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from openrlhf_sd.rollout_actor import recording_class
+from openrlhf_sd.rescoring import Auditor
+from openrlhf_sd.rollout_actor import print_news, recording_class
 from openrlhf_sd.rollout_record import ResponseCounts, RolloutRecord
+from openrlhf_sd.row_writer import RowWriter
 
 if TYPE_CHECKING:
     from openrlhf_sd.rollout_engines import SelfSpecRun
@@ -27,8 +29,10 @@ def _self_spec_class(base: type) -> type:
             from openrlhf_sd.step_stats import StepStats  # imports vLLM, like the line above
 
             self._states = self_spec.states
+            self._state_rows = self._states and RowWriter(self._states.path(kwargs["engine"]))
             self._pool = pool
             self._num_syncs = 0
+            self._auditor: Auditor | None = None
             self._resumed = False
             kwargs |= engine_args(self_spec.config, kwargs["model"], kwargs["tensor_parallel_size"], costs=self_spec.costs)
             kwargs["per_request_spec_decode_metrics"] = "summary"
@@ -36,6 +40,8 @@ def _self_spec_class(base: type) -> type:
             self.executor = _CountingExecutor(self.executor)
             # The engine process reports drafts and acceptances per step to its frontend's stat loggers, in this process.
             self.llm.logger_manager.stat_loggers.append(StepStats(self._on_step))
+            if self_spec.config.audit:
+                self._auditor = Auditor(self.llm, self_spec.config.audit, self._run_dir / "audit", self._engine)
             await self._start_controller()
 
         async def _start_controller(self) -> None:
@@ -72,16 +78,51 @@ def _self_spec_class(base: type) -> type:
             pooled = await self._pool.add.remote(self._num_syncs, own)
             self._num_syncs += 1
             report = json.loads(await self._call_core("self_spec_end_rollout", *pooled))
-            if self._states is not None:
-                self._states.save(self._engine, self._num_syncs, report["controller"])
-            return report
+            if self._state_rows is not None:
+                print_news(self._state_rows.write(self._states.row(self._num_syncs, report["controller"])))
+            return report | await self._sync_report() | self._audit_report()
+
+        def _audit_report(self) -> dict[str, Any]:
+            result = self._auditor and self._auditor.take_result()
+            return {"audit": result and result.as_row()}
+
+        async def sleep(self, level=1):
+            await self._audit()  # asleep, an engine has no KV cache to score with
+            await super().sleep(level)
+
+        async def _sync_starts(self) -> None:
+            if self._sync_started_s is None:
+                await self._audit()
+            await super()._sync_starts()
+
+        async def _audit(self) -> None:
+            if self._auditor is None or not self._auditor.has_responses:
+                return
+            await self._call_core("self_spec_begin_eval")  # the controller shall not learn from it
+            try:
+                await self._auditor.rescore()
+            finally:
+                await self._call_core("self_spec_end_eval")
+
+        async def _sync_report(self) -> dict[str, Any]:
+            """Raises RuntimeError where the engines of the run were sent different weights."""
+            reports = await self.llm.collective_rpc("self_spec_sync_report")
+            for report in reports:
+                await self._pool.agree.remote(self._num_syncs, report["fingerprint"])
+            # Every tensor-parallel rank re-quantizes at the same time; the sync waited for the slowest.
+            slowest = max(reports, key=lambda report: report["requantize_s"])
+            return {**slowest, "drafter_error": max(report["drafter_error"] for report in reports)}
 
         def _on_step(self, scheduler_stats, iteration_stats) -> None:
             self._record.step(scheduler_stats.spec_decoding_stats)
 
         async def generate(self, prompt_token_ids, sampling_params, multi_modal_data=None):
-            output = await super().generate(prompt_token_ids, sampling_params, multi_modal_data)
-            _require_logprobs(output.outputs[0], sampling_params)
+            audited = self._auditor and not self._is_eval and self._auditor.choose(sampling_params)
+            params = audited or sampling_params
+            output = await super().generate(prompt_token_ids, params, multi_modal_data)
+            _require_logprobs(output.outputs[0], params)
+            if audited:
+                self._auditor.keep(prompt_token_ids, params, output.outputs[0])
             return output
 
         async def generate_responses(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
@@ -92,10 +133,6 @@ def _self_spec_class(base: type) -> type:
                 self._record.response_logged(logs)
                 response["extra_logs"] = {**response["extra_logs"], **logs}
             return responses
-
-        async def _requantize_s(self) -> float:
-            # Every tensor-parallel rank re-quantizes at the same time; the sync waited for the slowest.
-            return max(await self.llm.collective_rpc("self_spec_requantize_s"))
 
         def _spec_decode_counts(self, record: RolloutRecord):
             return record.counts

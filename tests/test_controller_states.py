@@ -6,6 +6,7 @@ import pytest
 
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.controller_states import ControllerStates, controller_states
+from openrlhf_sd.row_writer import RowWriter
 
 FLAGS = {"ckpt.save_steps": 2, "ckpt.load_enable": False, "eval.dataset": None, "eval.steps": -1}
 
@@ -23,10 +24,14 @@ def test_a_run_without_checkpoints_keeps_no_states(tmp_path):
     assert states_of(tmp_path, **{"ckpt.save_steps": -1}) is None
 
 
+def save(states, engine, step, state):
+    assert RowWriter(states.path(engine)).write(states.row(step, state)) is None
+
+
 def test_the_state_of_the_checkpoints_step_comes_back_the_later_of_two(tmp_path):
     new = states_of(tmp_path)
     for step, gamma in ((1, 5), (2, 7), (3, 9), (2, 11)):  # step 2 was lived through again
-        new.save(0, step, {"gamma": gamma})
+        save(new, 0, step, {"gamma": gamma})
     checkpoint(tmp_path, "global_step2")
     assert states_of(tmp_path, **{"ckpt.load_enable": True}).load(0) == {"gamma": 11}
 
@@ -40,7 +45,7 @@ def test_deepspeeds_latest_names_the_step(tmp_path, tag, step):
 def test_what_was_not_saved_is_none(tmp_path):
     new = states_of(tmp_path)
     assert new.load(0) is None, "a run that starts anew"
-    new.save(0, 4, {})
+    save(new, 0, 4, {})
     folder = new.folder
     assert ControllerStates(folder, 4, "toggle").load(0) is None, "another mode"
     assert ControllerStates(folder, 5, "adaptive").load(0) is None, "another step"

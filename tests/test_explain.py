@@ -175,7 +175,6 @@ def test_without_a_gpu_it_is_about_this_cpu(run_flags, capsys, monkeypatch, tmp_
     assert explained["memory"]["kv_bytes"] == 6_000_000_000  # a quarter of 0.6 x 40e9
     assert [problem.split(":")[0] for problem in explained["problems"]] == [
         "--ds.attn_implementation",
-        "--vllm.enable_sleep",
         "--train.colocate_all",
     ]
 

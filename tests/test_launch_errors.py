@@ -62,6 +62,40 @@ SPOILED = {
         {"--self-spec": "fixed", "--self-spec.quant": "w4", "--self-spec.group_size": "64"},
         "--self-spec.group_size: 64 does not divide the input width 96",
     ),
+    "LoRA": ({"--self-spec": "fixed", "--ds.lora.rank": "8"}, "--ds.lora.rank: does not work with --self-spec"),
+    "4-bit trainer": ({"--self-spec": "fixed", "--ds.load_in_4bit": None}, "--ds.load_in_4bit: does not work with --self-spec"),
+    "images": ({"--self-spec": "fixed", "--data.max_images_per_prompt": "2"}, "--data.max_images_per_prompt: does not work with --self-spec"),
+    "engines of another dtype than the trainer": ({"--ds.param_dtype": "fp16"}, "--ds.param_dtype: OpenRLHF's vLLM engines are bf16"),
+    "no engines": ({"--self-spec": "fixed", "--vllm.num_engines": "0"}, "--vllm.num_engines: --self-spec speculates inside vLLM engines"),
+    "cached prompts of two policies": (
+        {
+            **{"--self-spec": "fixed", "--vllm.enable_prefix_caching": None},
+            **{"--train.async_enable": None, "--train.partial_rollout_enable": None},
+        },
+        "--vllm.enable_prefix_caching: with --train.partial_rollout_enable vLLM cannot forget",
+    ),
+    "a model of ModelScope's hub": (
+        {"--self-spec": "fixed", "--use_ms": None, "--actor.model_name_or_path": "qwen/Qwen2.5-7B"},
+        "--use_ms: --self-spec must read the model before ModelScope can fetch it",
+    ),
+    "audit without a place for evidence": (
+        {"--self-spec": "fixed", "--self-spec.audit": "5"},
+        "--self-spec.audit: has nowhere to save evidence",
+    ),
+    "audit of responses of two policies": (
+        {
+            **{"--self-spec": "fixed", "--self-spec.audit": "5", "--self-spec.run_dir": "never-made"},
+            **{"--train.async_enable": None, "--train.partial_rollout_enable": None},
+        },
+        "--self-spec.audit: with --train.partial_rollout_enable the weights change",
+    ),
+    "audit of a cut distribution": (
+        {
+            **{"--self-spec": "fixed", "--self-spec.audit": "5", "--self-spec.run_dir": "never-made"},
+            **{"--algo.advantage.is_correction_level": "token", "--rollout.top_p": "0.9"},
+        },
+        "--self-spec.audit: the rollout's logprobs are those after --rollout.top_p",
+    ),
     "toggle that would never start": (
         # 4 prompts of 4 samples: 16 requests, and the guard waits for more than 32
         {"--self-spec": "toggle", "--rollout.batch_size": "4"},

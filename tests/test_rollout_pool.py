@@ -25,3 +25,14 @@ def test_a_missing_engine_is_an_error_that_says_so(monkeypatch):
     monkeypatch.setattr(rollout_pool, "TIMEOUT_S", 0.01)
     with pytest.raises(RuntimeError, match="1 of 2 engines ended rollout 3"):
         asyncio.run(RolloutPool(num_engines=2).add(3, (1, 1, 1)))
+
+
+def test_engines_that_got_different_weights_are_an_error():
+    async def settle(*fingerprints):
+        pool = RolloutPool(num_engines=2)
+        for sync, fingerprint in fingerprints:
+            await pool.agree(sync, fingerprint)
+
+    asyncio.run(settle((1, "aa"), (1, "aa"), (2, "bb"), (2, "bb")))
+    with pytest.raises(RuntimeError, match=r"weight sync 2 delivered different weights to different engines \(fingerprints bb and cc\)"):
+        asyncio.run(settle((1, "aa"), (1, "aa"), (2, "bb"), (2, "cc")))

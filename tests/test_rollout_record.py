@@ -22,7 +22,7 @@ def verified(num_drafts: int, gamma: int, accepted: int) -> SimpleNamespace:
 
 def row(record: RolloutRecord, speculating: bool = True) -> dict:
     counts = record.counts if speculating else None
-    return record.row(rollout=0, engine=0, time_unix_s=1.0, weight_sync_s=0.1, requantize_s=0.01, counts=counts)
+    return record.row(rollout=0, engine=0, time_unix_s=1.0, weight_sync_s=0.1, counts=counts, report={})
 
 
 def test_rollout_seconds_are_those_with_a_request_in_flight():

@@ -1,5 +1,8 @@
 """Run folders read back: pooled engines, and records that are cut, repeated, skipped or not finite."""
 
+import pytest
+
+from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.metrics import SpecDecodeCounts, append_row, rollout_row
 from openrlhf_sd.run_records import load_run
 from run_folders import FIXED, FLAGS, make_run, write_description, write_events
@@ -88,3 +91,28 @@ def test_acceptance_of_a_run_that_drafted_nothing_is_a_gap_and_no_sign_of_diverg
 def test_asynchronous_steps_use_the_trainers_wall_clock(tmp_path):
     run = load_run(make_run(tmp_path / "r", [1.0, 1.0], flags={**FLAGS, "train.async_enable": True}))
     assert run.step_s() == {1: 999.0, 2: 999.0}
+
+
+def with_rows(folder, *changes):
+    """A run folder of one row per change."""
+    write_description(folder, arm="fixed", self_spec=FIXED)
+    nothing = dict.fromkeys(("rollout_s", "weight_sync_s", "requantize_s"), 1.0)
+    tokens = dict.fromkeys(("num_responses", "num_prompt_tokens", "num_output_tokens"), 1)
+    for rollout, change in enumerate(changes):
+        append_row(folder / "metrics.jsonl", {**rollout_row(rollout=rollout, engine=0, time_unix_s=1.0, **nothing, **tokens), **change})
+    return folder
+
+
+def test_a_reader_is_told_of_collapses_and_audits(tmp_path):
+    audits = [{"num_responses": 4, "num_tokens": 100 * n, "mean_abs_diff": 0.001 * n, "max_abs_diff": 0.1 * n} for n in (1, 3)]
+    rows = ({"rollout/sd/collapse": "31% ...: scheme too coarse", "audit": audits[0]}, {"audit": None}, {"audit": audits[1]})
+    collapse, audited = load_run(with_rows(tmp_path / "r", *rows)).notes[:2]
+    assert collapse.startswith("speculation went off in 1 of 3 rollouts") and collapse.endswith("rollout 0 of engine 0: 31% ...: scheme too coarse")
+    # (100 x 0.001 + 300 x 0.003) / 400 = 0.0025
+    assert audited.startswith("audit: 400 sampled tokens of 2 rollouts") and audited.endswith("difference| 0.0025, at most 0.300")
+
+
+@pytest.mark.parametrize("change", [{"rollout/sd/collapse": 3}, {"audit": [1]}, {"audit": {"num_tokens": "x"}}])
+def test_what_no_run_writes_is_refused(tmp_path, change):
+    with pytest.raises(SelfSpecError, match="of rollout 0 is no .*; remove that row"):
+        load_run(with_rows(tmp_path / "r", change))

@@ -32,6 +32,8 @@ def cpu_engine_kwargs(kwargs: dict[str, Any], available_bytes: int, kv_bytes_per
     adapted = dict(kwargs)
     if adapted.get("worker_extension_cls") == UPSTREAM_WORKER_EXTENSION:
         adapted["worker_extension_cls"] = CPU_WORKER_EXTENSION
+    # vLLM refuses the option on the CPU; its calls to sleep and wake up it takes, and keeps weights and cache where they are.
+    adapted["enable_sleep_mode"] = False
     if adapted.get("kv_cache_memory_bytes") is None:
         budget = int(available_bytes * KV_CACHE_FRACTION * adapted["gpu_memory_utilization"])
         # One block more per request: a request ends within a block.

@@ -26,8 +26,10 @@ def install() -> None:
 
 
 def _end_rollout(self, num_drafts: int, num_draft_tokens: int, num_accepted_tokens: int) -> str:
-    report = self.scheduler.end_rollout(RolloutAcceptance(num_drafts, num_draft_tokens, num_accepted_tokens))
-    return json.dumps(report)
+    # Tensor-parallel ranks hold different slices; the worst of them limits the drafter.
+    drafter_error = max(report["drafter_error"] for report in self.model_executor.collective_rpc("self_spec_sync_report"))
+    acceptance = RolloutAcceptance(num_drafts, num_draft_tokens, num_accepted_tokens)
+    return json.dumps(self.scheduler.end_rollout(acceptance, drafter_error))
 
 
 def _begin_eval(self) -> None:

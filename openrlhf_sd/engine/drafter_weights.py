@@ -13,6 +13,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from openrlhf_sd.engine.quantize import Tensors, checkpoint_tensors, is_decoder_weight
+from openrlhf_sd.engine.weight_checks import ReceivedWeights
 from openrlhf_sd.reload_warnings import not_missing, without_parameters
 
 
@@ -37,7 +38,7 @@ class DrafterWeights:
         self._pending: Tensors = []
         self._pending_layer: str | None = None
         self._num_policy_params = 0
-        self._num_delivered = 0
+        self._sources = ReceivedWeights()
         self.requantize_s: float | None = None
         """Seconds spent on the last whole re-quantization, without waiting for tensors to arrive."""
         self._spent_s = 0.0
@@ -65,12 +66,15 @@ class DrafterWeights:
         # trainer's memory, valid during this call only.
         for tensor_name, tensor in checkpoint_tensors(name, weight, self._quant, self._group_size):
             self._pending.append((tensor_name, tensor.clone() if tensor is weight else tensor))
-        self._num_delivered += 1
+        self._sources.add(name, weight)
         self._spent_s += time.perf_counter() - started
 
     @torch.no_grad()
-    def finish(self) -> None:
+    def finish(self) -> dict[str, int]:
         """End of a sync: repack what is left and bring the layers back to runnable form.
+
+        Returns:
+            name -> checksum of every parameter the drafter was just made of.
 
         Raises:
             RuntimeError: the sync did not deliver every decoder parameter.
@@ -83,7 +87,8 @@ class DrafterWeights:
         self._is_open = False
         self.requantize_s = self._spent_s + time.perf_counter() - started
         # Counted per sync: one that delivers nothing under these names must not pass for the one before it.
-        num_delivered, self._num_delivered = self._num_delivered, 0
+        sources, self._sources = self._sources.checksums(), ReceivedWeights()
+        num_delivered = len(sources)
         if self._num_policy_params and num_delivered != self._num_policy_params:
             raise RuntimeError(
                 f"self-speculation: the weight sync delivered {num_delivered} of {self._num_policy_params} decoder "
@@ -91,6 +96,7 @@ class DrafterWeights:
                 "empty_cache=True"
             )
         self._num_policy_params = num_delivered
+        return sources
 
     def _load_pending(self) -> None:
         """Hand a whole decoder layer to vLLM's loader: each call of it walks the module tree, which a call per tensor makes a fifth of

@@ -19,6 +19,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.engine import core_calls
 from openrlhf_sd.engine.step_drafts import StepDrafts
+from openrlhf_sd.policy.acceptance_watch import AcceptanceWatch
 from openrlhf_sd.policy.controller import Controller, make_controller
 from openrlhf_sd.policy.cost_model import CostModel
 from openrlhf_sd.policy.observation import MeasuredStep, RolloutAcceptance, StepObservation
@@ -42,11 +43,13 @@ class SelfSpecScheduler(PlatformScheduler):
         settings = self.vllm_config.additional_config
         calibration = settings.get("self_spec_costs")
         self._costs = None if calibration is None else CostModel.from_dict(calibration)
-        self.controller = self.make_controller(SelfSpecConfig.from_dict(settings["self_spec"]))
+        self._config = SelfSpecConfig.from_dict(settings["self_spec"])
+        self.controller = self.make_controller(self._config)
+        self._drafter_error: float | None = None
         # Upstream looks gamma up by batch size, in a list; ours holds the one answer at every index.
         num_entries = self.scheduler_config.max_num_seqs + 1
         self._lookups = [[gamma] * num_entries for gamma in range(self.num_spec_tokens + 1)]
-        self._training: tuple[Controller, StepLedger, RolloutAcceptance] | None = None
+        self._training: tuple[Controller, StepLedger, RolloutAcceptance, AcceptanceWatch] | None = None
         self._has_rollout_marks = False
         self._observation = StepObservation(num_decodes=0)
         self._drafts = StepDrafts(self.num_spec_tokens)
@@ -59,6 +62,7 @@ class SelfSpecScheduler(PlatformScheduler):
     def _start_rollout(self) -> None:
         self._ledger = StepLedger(self._costs)
         self._acceptance = RolloutAcceptance(0, 0, 0)
+        self._watch = AcceptanceWatch(self._config.quant, self._drafter_error)
         self._last_output_s = None
 
     def add_request(self, request: Request) -> None:
@@ -67,14 +71,16 @@ class SelfSpecScheduler(PlatformScheduler):
             self._end_rollout(self._acceptance)
         super().add_request(request)
 
-    def end_rollout(self, acceptance: RolloutAcceptance) -> dict[str, Any]:
+    def end_rollout(self, acceptance: RolloutAcceptance, drafter_error: float) -> dict[str, Any]:
         """The end of a weight broadcast. Returns the finished rollout's report and the controller's state after it.
 
         Args:
             acceptance: of all engines of the run.
+            drafter_error: largest relative error of the re-quantized drafter's layers.
         """
         self._has_rollout_marks = True
-        report = self._ledger.report()
+        self._drafter_error = drafter_error
+        report = self._ledger.report() | {"collapse": self._watch.cause}
         self._end_rollout(acceptance)
         return report | {"controller": self.controller.state()}
 
@@ -84,13 +90,13 @@ class SelfSpecScheduler(PlatformScheduler):
 
     def begin_eval(self) -> None:
         """Evaluation decides by a copy of the controller, which is thrown away after it."""
-        self._training = self.controller, self._ledger, self._acceptance
+        self._training = self.controller, self._ledger, self._acceptance, self._watch
         self.controller = copy.deepcopy(self.controller)
         self._start_rollout()
 
     def end_eval(self) -> None:
         self._start_rollout()
-        self.controller, self._ledger, self._acceptance = self._training
+        self.controller, self._ledger, self._acceptance, self._watch = self._training
         self._training = None
 
     def set_pause_state(self, pause_state: PauseState) -> None:
@@ -106,7 +112,8 @@ class SelfSpecScheduler(PlatformScheduler):
             mean_context=sum(contexts) / num_decodes if num_decodes else 0.0,
             num_prefills=len(self.running) - num_decodes + len(self.waiting),
         )
-        self.dynamic_sd_lookup = self._lookups[self.controller.next_gamma(self._observation)]
+        gamma = self.controller.next_gamma(self._observation) if self._watch.cause is None else 0
+        self.dynamic_sd_lookup = self._lookups[gamma]
         return super().schedule(throttle_prefills)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output):
@@ -144,6 +151,9 @@ class SelfSpecScheduler(PlatformScheduler):
         self._last_output_s = now_s if self.has_unfinished_requests() else None
         self.controller.observe(step)
         self._ledger.add(step, num_tokens)
+        if verified and self._watch.cause is None and self._watch.has_collapsed(step):
+            self._watch.turn_off(self._mean_temperature())
+            logger.warning("self-speculation: off for the rest of this rollout; %s", self._watch.cause)
         if verified:
             self._acceptance = RolloutAcceptance(
                 self._acceptance.num_drafts + self._drafts.num_drafts,
@@ -152,6 +162,10 @@ class SelfSpecScheduler(PlatformScheduler):
             )
         for line in self.controller.take_news():
             logger.info("self-speculation: %s", line)
+
+    def _mean_temperature(self) -> float:
+        temperatures = [request.sampling_params.temperature for request in self.running]
+        return sum(temperatures) / len(temperatures) if temperatures else 0.0
 
     def make_spec_decoding_stats(
         self,

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.sample.sampler import Sampler
 
 from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.engine import compat
+from openrlhf_sd.engine.drafter_probe import MAX_ERROR, relative_errors
 from openrlhf_sd.engine.drafter_weights import DrafterWeights
 from openrlhf_sd.engine.proposer import SelfDraftProposer
+from openrlhf_sd.engine.quantize import is_decoder_weight
+from openrlhf_sd.engine.weight_checks import ReceivedWeights, fingerprint
 
 
 class StaleDrafterError(RuntimeError):
-    """Generation was asked for while the drafter is older than the policy, or either is only partly updated."""
+    """The drafter is older than the policy, or either is only partly updated."""
+
+
+class BrokenWeightsError(RuntimeError):
+    """The weights of the policy or the drafter are no numbers to compute with."""
 
 
 class _SelfSpecWorking:
@@ -39,6 +49,9 @@ class _SelfSpecWorking:
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
         self._self_spec_policy_is_whole = True
+        self._self_spec_received = ReceivedWeights()
+        self._self_spec_fingerprint: str | None = None
+        self._self_spec_drafter_error = self._self_spec_probe()
         self._self_spec_follow(self.model_runner.get_model())
 
     def get_kv_cache_spec(self):
@@ -56,6 +69,8 @@ class _SelfSpecWorking:
         def load_weights(weights):
             weights = list(weights)
             self._self_spec_policy_is_whole = False
+            for name, weight in weights:
+                self._self_spec_received.add(name, weight)
             loaded = load_policy_weights(weights)
             for name, weight in weights:
                 self.self_spec_drafter.feed(name, weight)
@@ -64,13 +79,53 @@ class _SelfSpecWorking:
         policy.load_weights = load_weights
 
     def self_spec_finish_sync(self) -> None:
-        """End of a weight broadcast: from here on policy and drafter are whole and of one version."""
-        self.self_spec_drafter.finish()
+        """End of a weight broadcast: from here on policy and drafter are whole and of one version.
+
+        Raises:
+            BrokenWeightsError: a parameter arrived with NaN or infinity, or a drafter layer no longer computes what the policy's does.
+            StaleDrafterError: the drafter was made of other weights than the policy got.
+        """
+        received, self._self_spec_received = self._self_spec_received, ReceivedWeights()
+        non_finite = received.non_finite()
+        if non_finite:
+            raise BrokenWeightsError(
+                f"self-speculation: {len(non_finite)} parameters arrived with NaN or infinity, the first {non_finite[0]}: the training has "
+                "diverged; lower --actor.adam.lr or go back to a checkpoint"
+            )
+        sources, checksums = self.self_spec_drafter.finish(), received.checksums()
+        stale = [name for name in checksums if is_decoder_weight(name) and sources.get(name) != checksums[name]]
+        if stale:
+            raise StaleDrafterError(
+                f"self-speculation: {len(stale)} parameters changed between their arrival and their quantization, the first {stale[0]}, so "
+                "the drafter is not the policy's; the trainer must leave a parameter alone until its update_weight has returned"
+            )
+        self._self_spec_drafter_error = self._self_spec_probe()
+        self._self_spec_fingerprint = fingerprint(checksums)
         self._self_spec_policy_is_whole = True
 
-    def self_spec_requantize_s(self) -> float | None:
-        """Seconds the last re-quantization took (an RPC for the rollout actor's record)."""
-        return self.self_spec_drafter.requantize_s
+    def _self_spec_probe(self) -> float:
+        errors = relative_errors(self.model_runner.get_model(), self.model_runner.drafter.model)
+        broken = [name for name, error in errors.items() if not error <= MAX_ERROR]
+        if broken:
+            raise BrokenWeightsError(
+                f"self-speculation: {len(broken)} of {len(errors)} drafter layers do not compute what the policy's do, the first {broken[0]} "
+                f"(relative error {errors[broken[0]]:.2f}); try another --self-spec.quant and report it"
+            )
+        return max(errors.values())
+
+    def self_spec_sync_report(self) -> dict[str, Any]:
+        """Of the last weight sync (an RPC for the rollout actor): seconds of the re-quantization, largest relative error of a drafter
+        layer's output, and a fingerprint of the weights that arrived (None before the first sync)."""
+        return {
+            "requantize_s": self.self_spec_drafter.requantize_s,
+            "drafter_error": self._self_spec_drafter_error,
+            "fingerprint": self._self_spec_fingerprint,
+        }
+
+    def self_spec_score_at(self, temperature: float) -> None:
+        """Prompt logprobs are from now on those of `temperature`, where vLLM's own are those of 1 (an RPC for the audit)."""
+        sampler = self.model_runner.sampler
+        sampler.compute_logprobs = lambda logits: Sampler.compute_logprobs(logits / temperature)
 
     def self_spec_requantize_checkpoint(self) -> float:
         """Quantize the policy's files once more and return the seconds it took without reading them (an RPC for measurements)."""

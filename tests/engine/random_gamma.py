@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+from vllm.v1.engine.core import EngineCore
+
 from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.engine.scheduler import SelfSpecScheduler
 from openrlhf_sd.policy.controller import FixedController
@@ -23,5 +25,12 @@ class RandomGammaScheduler(SelfSpecScheduler):
     def make_controller(self, config: SelfSpecConfig) -> _RandomGamma:
         return _RandomGamma(self.num_spec_tokens)
 
+
+def _num_free_blocks(core: EngineCore) -> int:
+    return core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+EngineCore.test_num_free_blocks = _num_free_blocks
+"""Where this scheduler runs, a test can ask how much of the KV cache is free."""
 
 QUALNAME = f"{RandomGammaScheduler.__module__}.{RandomGammaScheduler.__qualname__}"

@@ -12,34 +12,11 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import PROMPTS, SAMPLES, STEPS, make_task, train
 
 from openrlhf_sd.metrics import read_rows
 from openrlhf_sd.run_records import load_run
 from openrlhf_sd.step_ledger import TIMELINE_COLUMNS
-
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
-STEPS = 3
-PROMPTS = 8
-SAMPLES = 4
-
-
-def train(run_dir: Path, policy: Path, data: Path, *ours: object) -> Path:
-    command = [
-        *(sys.executable, "-m", "openrlhf_sd.launch", *ours, "--self-spec.run_dir", run_dir),
-        *("--actor.model_name_or_path", policy, "--reward.remote_url", QUICKSTART / "reward.py"),
-        *("--data.prompt_dataset", data / "prompts.jsonl", "--data.input_key", "input", "--data.label_key", "label"),
-        *("--data.max_len", 256, "--rollout.max_new_tokens", 200, "--data.max_samples", STEPS * PROMPTS),
-        *("--rollout.batch_size", PROMPTS, "--rollout.n_samples_per_prompt", SAMPLES, "--rollout.micro_batch_size", 8),
-        *("--train.batch_size", PROMPTS * SAMPLES, "--train.micro_batch_size", 8),
-        *("--vllm.num_engines", 1, "--vllm.enforce_eager", "--vllm.gpu_memory_utilization", 0.3),
-        *("--actor.num_gpus_per_node", 1, "--ref.num_gpus_per_node", 1, "--ds.attn_implementation", "sdpa"),
-        *("--algo.advantage.estimator", "group_norm", "--algo.advantage.is_correction_level", "token"),
-        *("--algo.kl.init_coef", 0, "--actor.adam.lr", 2e-4, "--ckpt.output_dir", run_dir / "trained"),
-        *("--ckpt.path", run_dir / "ckpt"),
-    ]
-    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
-    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-3000:]
-    return run_dir
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +24,7 @@ def runs(warm_policy, warm_calibration, tmp_path_factory) -> dict[str, Path]:
     """`adaptive` is made sure to speculate (margin 0.0, a ladder low enough for this CPU is no promise of speed); `auto` evaluates and
     saves checkpoints in between."""
     folder = tmp_path_factory.mktemp("grpo")
-    subprocess.run([sys.executable, QUICKSTART / "task.py", "--out", folder], check=True)
+    make_task(folder)
     return {
         "vanilla": train(folder / "vanilla", warm_policy, folder),
         "fixed": train(folder / "fixed", warm_policy, folder, "--self-spec", "fixed", "--self-spec.gamma", "3"),

@@ -11,20 +11,21 @@ from vllm import LLM
 
 
 class Trainer:
-    """Rank 0 of a broadcast group with one engine."""
+    """Rank 0 of a broadcast group with one engine, of as many ranks as it has tensor-parallel workers."""
 
     def __init__(self, llm: LLM) -> None:
         from openrlhf_sd.cpu.gloo_broadcast import GlooBroadcastGroup
 
         self._llm = llm
+        world_size = 1 + llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
         with ThreadPoolExecutor(1) as pool:
             joined = pool.submit(
-                llm.collective_rpc, "init_process_group", args=("127.0.0.1", port, 1, 2, "openrlhf", "gloo", False)
+                llm.collective_rpc, "init_process_group", args=("127.0.0.1", port, 1, world_size, "openrlhf", "gloo", False)
             )
-            self._group = GlooBroadcastGroup("127.0.0.1", port, 0, 2)
+            self._group = GlooBroadcastGroup("127.0.0.1", port, 0, world_size)
             joined.result()
 
     def send(self, name: str, weight: torch.Tensor, is_last: bool) -> None:

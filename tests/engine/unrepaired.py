@@ -38,3 +38,27 @@ class BiasedSampler(SelfSpecWorker):
     def init_device(self) -> None:
         super().init_device()
         rejection_sampler.rejection_sample = _accepting_too_often
+
+
+class ChangesWeightsUnderWay(SelfSpecWorker):
+    """As a trainer would that went on with its optimizer step while its memory was still being read (CUDA IPC)."""
+
+    def _self_spec_follow(self, policy) -> None:
+        load_weights = policy.load_weights
+
+        def load_and_change(weights):
+            loaded = load_weights(weights)
+            for _, weight in weights:
+                weight.mul_(1.5)
+            return loaded
+
+        policy.load_weights = load_and_change
+        super()._self_spec_follow(policy)
+
+
+class UselessDrafter(SelfSpecWorker):
+    """Its layers are right, so no check at the sync objects, and what comes out of the last one is turned round."""
+
+    def load_model(self, *args, **kwargs) -> None:
+        super().load_model(*args, **kwargs)
+        self.model_runner.drafter.model.register_forward_hook(lambda module, args, hidden_states: -hidden_states)

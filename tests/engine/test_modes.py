@@ -1,0 +1,128 @@
+"""OpenRLHF's modes under --self-spec, each a real training on the CPU stack. docs/modes.md says which flags they stand for."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from training import PROMPTS, SAMPLES, make_task, train
+
+from openrlhf_sd.metrics import read_rows
+from openrlhf_sd.run_records import load_run
+
+pytestmark = pytest.mark.slow
+
+STEPS = 2
+AGENT = Path(__file__).with_name("two_turn_agent.py")
+MAX_VLLM_KL = 1e-3
+"""bf16 noise of this policy is 1e-4 to 4e-4 a step, with and without speculation (tests/engine/test_grpo_end_to_end.py)."""
+
+ASYNC = ("--train.async_enable", "--train.async_queue_size", 2)
+SLEEP = ("--train.colocate_all", "--vllm.enable_sleep", "--ds.enable_sleep", "--vllm.sync_backend", "gloo")
+
+MODES: dict[str, tuple[object, ...]] = {
+    "gae with a critic, a reference and two engines": (
+        *("--algo.advantage.estimator", "gae", "--critic.num_gpus_per_node", 1, "--algo.kl.init_coef", 0.01, "--vllm.num_engines", 2),
+    ),
+    "reinforce on two ranks with ZeRO-3": (
+        *("--algo.advantage.estimator", "reinforce", "--actor.num_gpus_per_node", 2, "--ds.zero_stage", 3),
+    ),
+    "rloo on two ranks with ZeRO-2, asleep while training": (
+        *("--algo.advantage.estimator", "rloo", "--actor.num_gpus_per_node", 2, "--vllm.num_engines", 2, *SLEEP),
+        *("--ref.num_gpus_per_node", 2),
+    ),
+    "reinforce_baseline with dynamic filtering": (
+        *("--algo.advantage.estimator", "reinforce_baseline", "--algo.dynamic_filtering_enable"),
+        *("--algo.dynamic_filtering_range", 0.01, 0.99, "--data.max_samples", 64),
+    ),
+    "dr_grpo, asynchronous with a queue of two, evaluated": (
+        *("--algo.advantage.estimator", "dr_grpo", *ASYNC, "--eval.steps", 1, "--eval.n_samples_per_prompt", 1),
+    ),
+    "turns of an agent, IS correction of sequences": (
+        *("--train.agent_func_path", AGENT, "--algo.advantage.is_correction_level", "seq"),
+        *("--algo.advantage.is_correction_mode", "mask", "--algo.advantage.is_correction_threshold", 0.9, 1.1),
+    ),
+    "flash_reinforce with one sample, deterministic, no IS correction": (
+        *("--algo.advantage.estimator", "flash_reinforce", "--rollout.n_samples_per_prompt", 1, "--rollout.batch_size", 32),
+        *("--train.full_determinism_enable", "--algo.advantage.is_correction_level", "off", "--data.max_samples", 64),
+    ),
+    "prefix caching": ("--vllm.enable_prefix_caching",),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_task(tmp_path_factory.mktemp("task"))
+
+
+def self_spec_rows(run_dir: Path) -> list[dict]:
+    rows, num_unreadable = read_rows(run_dir / "metrics.jsonl")
+    assert num_unreadable == 0
+    return rows
+
+
+def assert_fresh_and_exact(rows: list[dict], num_engines: int) -> None:
+    """Every sync brought new weights, the same to every engine, and left a drafter that computes what they say."""
+    fingerprints = [{row["weights_fingerprint"] for row in rows if row["rollout"] == rollout} for rollout in range(len(rows) // num_engines)]
+    assert all(len(of_one_sync) == 1 for of_one_sync in fingerprints)
+    assert len(set.union(*fingerprints)) == len(fingerprints)
+    for row in rows:
+        assert 0 < row["drafter_error"] < 0.3
+        assert row["rollout/sd/num_drafts"] > 0
+        assert row["rollout/sd/acceptance_rate"] > 0.8
+        assert row["rollout/sd/collapse"] is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_trains(measured, mode, warm_policy, data, tmp_path):
+    flags = list(MODES[mode])
+    if "--eval.steps" in flags:
+        flags += ["--eval.dataset", data / "eval.jsonl"]
+    run_dir = train(tmp_path / "run", warm_policy, data, "--self-spec", "fixed", "--self-spec.gamma", 3, "--self-spec.audit", 1, *flags, steps=STEPS)
+    num_engines = int(json.loads((run_dir / "config.json").read_text())["openrlhf"]["vllm.num_engines"])
+    rows = self_spec_rows(run_dir)
+    assert len(rows) >= STEPS * num_engines
+    assert_fresh_and_exact(rows, num_engines)
+    for row in rows:
+        assert row["audit"]["num_tokens"] > 0
+    audits = max(row["audit"]["mean_abs_diff"] for row in rows)
+    measured(f"{mode}: {shown_kl(run_dir)}, audit: mean |logprob difference| up to {audits:.4f}")
+
+
+def shown_kl(run_dir: Path) -> str:
+    """Asserts that the rollout's logprobs are those of the trainer's model, where the run has asked for them."""
+    steps = load_run(run_dir).scalars.get("train/vllm_kl")
+    if not steps:
+        return "no vllm_kl"
+    values = list(steps.values())
+    assert statistics.mean(map(abs, values)) < MAX_VLLM_KL, values
+    return "vllm_kl " + ", ".join(f"{value:.1e}" for value in values)
+
+
+def test_partial_rollouts(measured, warm_policy, data, tmp_path):
+    """Weights change in the middle of a response: its old tokens keep the KV of the old policy, in the drafter as in the policy, and a
+    drafter older than the policy would stop the engine (StaleDrafterError)."""
+    run_dir = train(
+        *(tmp_path / "run", warm_policy, data, "--self-spec", "fixed", "--self-spec.gamma", 3),
+        *(*ASYNC, "--train.partial_rollout_enable", "--data.max_samples", 6 * PROMPTS),
+    )
+    rows = self_spec_rows(run_dir)
+    assert sum(row["num_responses"] for row in rows) == 6 * PROMPTS * SAMPLES
+    assert_fresh_and_exact(rows, 1)
+    assert any(len(row["response_lengths"]) % (PROMPTS * SAMPLES) for row in rows), "no sync fell into a rollout"
+    measured(f"partial rollouts: responses per sync {[row['num_responses'] for row in rows]}")
+
+
+def test_a_frozen_actor(warm_policy, data, tmp_path):
+    """`--critic.freezing_steps`: only the critic learns, and the same weights are broadcast again after every step."""
+    run_dir = train(
+        *(tmp_path / "run", warm_policy, data, "--self-spec", "fixed", "--self-spec.gamma", 3, "--critic.freezing_steps", STEPS),
+        *("--algo.advantage.estimator", "gae", "--critic.num_gpus_per_node", 1),
+        steps=STEPS,
+    )
+    rows = self_spec_rows(run_dir)
+    assert len(rows) == STEPS
+    assert len({row["weights_fingerprint"] for row in rows}) == 1
+    assert len({row["drafter_error"] for row in rows}) == 1

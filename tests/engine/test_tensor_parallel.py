@@ -1,0 +1,35 @@
+"""A drafter cut over two tensor-parallel ranks: the same tokens as one rank's policy, also after a weight broadcast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines import AcceptanceSince, sampled, self_spec_engine, token_prompts
+from trainer import Trainer, logprob_errors, perturb
+from transformers import AutoModelForCausalLM
+
+from openrlhf_sd import SelfSpecConfig, engine_args
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = token_prompts(16, 512)
+PARAMS = sampled(24, logprobs=0)
+
+
+@pytest.mark.parametrize("quant", ["w4", "w8a8"])
+def test_two_ranks(measured, quant, untied_policy):
+    model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
+    config = SelfSpecConfig(mode="fixed", gamma=3, quant=quant)
+    sharded = {"tensor_parallel_size": 2, **engine_args(config, untied_policy, tensor_parallel_size=2)}
+    with self_spec_engine(untied_policy, config, **sharded) as llm:
+        trainer = Trainer(llm)
+        for sync in range(2):
+            acceptance = AcceptanceSince(llm)
+            error = logprob_errors(model, llm.generate(PROMPTS, PARAMS, use_tqdm=False)).mean().item()
+            assert error < 0.02
+            assert acceptance.rate() > 0.5
+            measured(f"2 tensor-parallel ranks, {quant}, sync {sync}: mean |logprob error| {error:.4f}, acceptance {acceptance.rate():.3f}")
+            perturb(model, scale=0.3, seed=sync)
+            trainer.broadcast(model)
+        reports = llm.collective_rpc("self_spec_sync_report")
+        assert len(reports) == 2 and len({report["fingerprint"] for report in reports}) == 1
