@@ -3,7 +3,7 @@
 A command is a line of a code block, indented or `bash` (a continued line or a here-document is one command), a whole `python`
 block, or a piece of inline code of more than one word that starts with a program's name.
 
-What no test can run is marked **[GPUs]**, **[network]** or **[Slurm]**: inline code in its own paragraph or cell or in the head of
+What no test can run is marked **[GPUs]**, **[network]** or **[Slurm]**: inline code in its own paragraph or cell or the head of
 its table, a block in the paragraph before it, a line of a block in its comment, there without asterisks.
 """
 
