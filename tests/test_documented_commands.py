@@ -89,10 +89,10 @@ def runs(*texts: str, more: str = ""):
 
 def test_every_command_is_run_or_marked():
     for command in COMMANDS:
-        ways = [command.text in RUN_HERE, command.text in ELSEWHERE, bool(command.marks)]
-        assert sum(ways) == 1, (
+        ways = {"run here": command.text in RUN_HERE, "in ELSEWHERE": command.text in ELSEWHERE, "marked": bool(command.marks)}
+        assert sum(ways.values()) == 1, (
             f"{command.document}: {command.text!r} must be run here, or have its test named in ELSEWHERE, or be marked [GPUs], "
-            f"[network] or [Slurm], one of the three; it is: {ways}"
+            f"[network] or [Slurm], one of the three; it is {ways}"
         )
 
 
