@@ -2,7 +2,7 @@
 
 import itertools
 
-from calib.sweep_csv import SweepRow, point_digests, write
+from calib.sweep_csv import PUBLISHED_COLUMNS, SweepRow, point_digests, write
 from calib.term_priors import starting_terms
 from openrlhf_sd.calibration import Calibration, Provenance
 from openrlhf_sd.policy.cost_model import CostModel
@@ -69,3 +69,13 @@ def make_rows(calibration, too_high=0.0, **changed):
 def write_sweep(path, calibration, too_high=0.0, **changed):
     write(path, make_rows(calibration, too_high, **changed))
     return path
+
+
+def write_published(path, model, timings):
+    """Target, draft and verify steps as the published sweeps have them."""
+    modes = {"target": "target_decode", "draft": "drafter_decode", "verify": "target_verify"}
+    lines = [",".join(PUBLISHED_COLUMNS)]
+    for t in timings:
+        ms = 1000 * t.seconds
+        lines.append(",".join(map(str, (model, t.batch, t.context, t.gamma, modes[t.kind], ms, ms, 0.1, ms, ms, 200))))
+    path.write_text("\n".join(lines) + "\n")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Installs what is missing and runs the tests: bash tests/run.sh [--all] [--venv DIR] [pytest arguments]
-# Without --all it leaves out tests/gpu, which needs an NVIDIA GPU; with it, it runs everything and refuses without one.
+# With --all, all that this machine can run: also tests of minutes (marker slow), and tests/gpu where there is an NVIDIA GPU.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 setup=() markers=()
 while [[ $# -gt 0 ]]; do
     case $1 in
-        --all) setup+=(--need-gpu) markers=(-m ""); shift ;;
+        --all) markers=(-m ""); shift ;;
         --venv) setup+=(--venv "${2:?--venv: give a folder}"); shift 2 ;;
         *) break ;;
     esac

@@ -1,38 +1,20 @@
 """Every command in README.md and docs/ names programs and flags that exist, and every link a file that does.
 
-That the commands work is for other tests: those of docs/reproduce.md are dry-run line by line in tests/test_experiments.py.
+That the commands work is tests/test_documented_commands.py's.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
+from documented_commands import DOCUMENTS, ROOT, documented_commands
 
 from openrlhf_sd import flags, report, watch
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(python -m|openrlhf-sd|bash|sbatch|python examples)\b")
 FLAG = re.compile(r"--[a-z][\w.-]*")
-
-
-def commands(document: Path) -> list[str]:
-    """Lines of code blocks, fenced or indented, that start a program; continued lines joined, comments cut."""
-    found = []
-    fenced = False
-    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
-    for line in text.splitlines():
-        if line.startswith("```"):
-            fenced = not fenced
-        elif (fenced or line.startswith("    ")) and COMMAND.match(line.strip()):
-            found.append(line.strip().split("  # ")[0].split("     #")[0].strip())
-    return found
-
-
-ALL_COMMANDS = [(document.name, command) for document in DOCUMENTS for command in commands(document)]
+OUR_PACKAGES = ("calib", "data_prep", "openrlhf_sd")
 
 
 def help_of(module: str, capsys) -> str:
@@ -42,27 +24,29 @@ def help_of(module: str, capsys) -> str:
     return capsys.readouterr().out
 
 
-def test_there_are_commands_to_check():
-    assert len(ALL_COMMANDS) > 30
-    assert any(command.startswith("openrlhf-sd watch") for _, command in ALL_COMMANDS)
+def is_ours(command: str) -> bool:
+    words = command.split()
+    if words[:2] == ["python", "-m"]:
+        return words[2].split(".")[0] in OUR_PACKAGES
+    return words[0] == "openrlhf-sd" or any(word.endswith(".sh") for word in words)
 
 
-@pytest.mark.parametrize(("document", "command"), ALL_COMMANDS)
-def test_programs_and_flags_of_a_documented_command_exist(document, command, capsys):
-    words = [word for word in command.split() if not re.match(r"[A-Z_]+=", word)]
+@pytest.mark.parametrize("command", sorted({command.text for command in documented_commands() if is_ours(command.text)}))
+def test_programs_and_flags_of_a_documented_command_exist(command, capsys):
+    words = command.split()
     named = FLAG.findall(command)
     if words[0] == "openrlhf-sd":
-        if len(words) > 1 and words[1] in ("compare", "watch"):
+        if words[1] in ("compare", "watch"):
             known = {"compare": report, "watch": watch}[words[1]]._parser()._option_string_actions
         else:
             known = {*flags.upstream_parser()._option_string_actions, *flags.our_flags(), flags.EXPLAIN_FLAG, flags.GPU_FLAG}
         assert set(named) <= set(known)
-    elif words[:2] == ["python", "-m"] and words[2] != "pytest":
+    elif words[0] == "python":
         shown = help_of(words[2], capsys)
         for flag in named:
             assert flag in shown, f"{flag} is not in the help of {words[2]}"
     else:
-        script = next(word for word in words if word.endswith((".sh", ".py", "/run")))
+        script = next(word for word in words if word.endswith(".sh"))
         assert (ROOT / script.removeprefix("$PWD/")).is_file()
 
 

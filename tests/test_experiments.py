@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -532,23 +531,7 @@ def test_an_interrupted_comparison_waits_for_the_stage_to_clean_up(tmp_path, sen
     assert (tmp_path / "clean").exists()
 
 
-# Documentation and shell.
-
-
-def documented(program):
-    text = (ROOT / "docs" / "reproduce.md").read_text()
-    return [
-        shlex.split(line, comments=True)[2:]
-        for line in re.findall(rf"^bash examples/{program} .*$", text, re.MULTILINE)
-    ]
-
-
-@pytest.mark.parametrize("program, main", [("run.sh", run_arm.main), ("compare.sh", compare_arms.main)])
-def test_documented_commands_pass_a_dry_run(program, main):
-    lines = documented(program)
-    assert lines
-    for line in lines:
-        assert main([*line, "--dry-run"]) == 0, line
+# Shell.
 
 
 @pytest.mark.parametrize("script", ["run.sh", "compare.sh", "slurm.sh", "quickstart.sh"])

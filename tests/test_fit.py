@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from calibrations import write_published
 
 from calib import crossval
 from calib import fit as fit_command
@@ -15,7 +16,7 @@ from calib.accuracy import prediction_pairs, score
 from calib.contamination import contaminated
 from calib.few_shot import few_shot_points
 from calib.fit import fit
-from calib.sweep_csv import PUBLISHED_COLUMNS, Sweep, Timing
+from calib.sweep_csv import Sweep, Timing
 from calib.term_priors import compute_units, draft_pass_rows, starting_terms
 from openrlhf_sd.calibration import load, shipped_paths
 from openrlhf_sd.config import SelfSpecError
@@ -241,33 +242,11 @@ def test_devices_are_known_by_name():
     ] == [64, 0, 0]
 
 
-def write_published(path, model, sweep):
-    modes = {"target": "target_decode", "draft": "drafter_decode", "verify": "target_verify"}
-    lines = [",".join(PUBLISHED_COLUMNS)]
-    for t in sweep.timings:
-        milliseconds = 1000 * t.seconds
-        values = [
-            model,
-            t.batch,
-            t.context,
-            t.gamma,
-            modes[t.kind],
-            milliseconds,
-            milliseconds,
-            0.1,
-            milliseconds,
-            milliseconds,
-            200,
-        ]
-        lines.append(",".join(map(str, values)))
-    path.write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture
 def published(tmp_path):
     """A sweep in the published format of a made-up A100, and the model's config."""
     truth = machine(terms=starting_terms(None)).under("identical")
-    write_published(tmp_path / "sweep.csv", "M-7B", make_sweep(truth, grid(gammas=(3, 7)), noise=0.003))
+    write_published(tmp_path / "sweep.csv", "M-7B", make_sweep(truth, grid(gammas=(3, 7)), noise=0.003).timings)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "other-14b.config.json").write_text(json.dumps(OTHER_CONFIG))
     return tmp_path
@@ -301,7 +280,7 @@ def test_the_command_writes_a_calibration_for_rollouts_and_transfer_carries_it_o
 def test_the_command_fits_few_shots_from_a_prior_and_checks_that_it_fits(published, capsys):
     assert run_fit(published) == 0
     truth = machine(OTHER_CONFIG, starting_terms(None)).under("identical")
-    write_published(published / "few.csv", "Other", make_sweep(truth, few_shot_points(BATCHES, CONTEXTS, (3, 7))))
+    write_published(published / "few.csv", "Other", make_sweep(truth, few_shot_points(BATCHES, CONTEXTS, (3, 7))).timings)
     arguments = ["--sweep", str(published / "few.csv"), "--model-config", str(published / "other-14b.config.json")]
     arguments += ["--out", str(published / "few.json"), "--prior", str(published / "cal.json")]
     assert fit_command.main(arguments) == 0

@@ -1,4 +1,4 @@
-"""Every test of this folder needs an NVIDIA GPU and carries the marker `gpu`; see examples/gpu_check.sh."""
+"""Every test of this folder carries the marker `gpu` and is skipped where there is no NVIDIA GPU; see examples/gpu_check.sh."""
 
 from __future__ import annotations
 
@@ -17,3 +17,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures, which would start engines
+def pytest_runtest_setup() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU that torch can use")

@@ -1,0 +1,53 @@
+"""The README's quickstart and its comparison, whole, with as few steps and arms as they take: installed, trained, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_folders import Page
+
+from openrlhf_sd.metrics import read_rows
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+STEPS = 2  # the first one is left out of all times
+
+
+def run_script(words: str, out: Path, arms: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """Runs the documented words, made short, in the environment of this test, which examples/setup.sh must have made."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    setup = ["bash", "examples/setup.sh", "--dry-run"]
+    planned = subprocess.run(setup, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    if "up to date" not in planned.stderr:
+        pytest.skip(f"would install into {sys.prefix}; bash tests/run.sh --all installs first")
+    command = [*words.split(), "--steps", str(STEPS), "--out", str(out), "--arms", arms, *more]
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-3000:]
+    return finished
+
+
+def assert_compared(out: Path, arms: dict[str, str]) -> None:
+    """`arms` are run folders, and the arm of each."""
+    for name in arms:
+        assert len(read_rows(out / name / "metrics.jsonl")[0]) == STEPS
+    compared = json.loads((out / "comparison" / "report.json").read_text())["arms"]
+    assert [arm["arm"] for arm in compared] == list(arms.values())
+    page = Page((out / "comparison" / "report.html").read_text()).text
+    assert all(arm["label"] in page for arm in compared)
+
+
+def test_quickstart(tmp_path):
+    finished = run_script("bash examples/quickstart.sh", tmp_path, "vanilla,fixed")
+    assert_compared(tmp_path, {"vanilla": "vanilla", "fixed": "fixed"})
+    assert f"the page: {tmp_path / 'comparison' / 'report.html'}" in finished.stdout
+
+
+def test_comparison_of_the_quickstart(tmp_path):
+    run_script("bash examples/compare.sh quickstart", tmp_path, "vanilla,fixed", "--seeds", "1")
+    assert_compared(tmp_path, {"vanilla-seed1": "vanilla", "fixed-seed1": "fixed"})
