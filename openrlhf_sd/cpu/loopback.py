@@ -14,8 +14,8 @@ ENV_VARS = {"GLOO_SOCKET_IFNAME": "lo"}
 
 
 def keep_ray_on_loopback() -> None:
-    """The next `ray.init` that starts a cluster here takes 127.0.0.1 for its node's address. Ray's servers then listen there only, and
-    OpenRLHF, which asks Ray for the address, rendezvouses there. (`_node_ip_address="127.0.0.1"` would not do: Ray replaces it.)"""
+    """The next `ray.init` that starts a cluster here takes 127.0.0.1 for its node's address: Ray's servers listen there only, and
+    OpenRLHF, which asks Ray for the address, makes it that of its rendezvous. (Of `_node_ip_address` Ray takes no 127.0.0.1.)"""
     from ray._private import ray_constants
 
     ray_constants.ENABLE_RAY_CLUSTER = False
