@@ -1,7 +1,9 @@
 """Where a whole run listens: GRPO on real Ray, DeepSpeed and vLLM on a CPU, with an eye on the sockets of all its processes."""
 
+import ipaddress
 import json
 import os
+import secrets
 import stat
 import subprocess
 import sys
@@ -17,7 +19,11 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Ray is OpenRLHF's to start"),
 ]
 
-LOOPBACK = ("127.0.0.1", "::1")
+
+def is_loopback(address):
+    """Ray's servers listen at `::ffff:127.0.0.1`, which is 127.0.0.1 for a socket that also knows IPv6."""
+    address = ipaddress.ip_address(address)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def processes(top):
@@ -31,7 +37,7 @@ def processes(top):
 def sockets(process):
     """(program, TCP and UDP addresses that anyone may send to, files of Unix sockets) of one process, now."""
     try:
-        program = (process.cmdline() or [process.name()])[0].rpartition("/")[2]
+        program = (process.cmdline() or [process.name()])[0].rpartition("/")[2].partition(".")[0]
         inet, unix = process.net_connections("inet"), process.net_connections("unix")
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return "", [], []
@@ -87,11 +93,45 @@ def test_a_run_listens_on_the_loopback_interface_only(seen, measured):
     for program, found in sorted(addresses.items()):
         measured(f"listening, CPU run: {program} at {', '.join(sorted(found))}")
     assert {"gcs_server", "raylet"} <= set(addresses), "Ray's servers were looked at"
-    assert any("PolicyModelActor" in program for program in addresses), "the trainer's store was looked at"
-    assert {address for found in addresses.values() for address in found} <= set(LOOPBACK)
+    assert "ray::PolicyModelActor" in addresses, "the trainer's store was looked at"
+    assert {program: found for program, found in addresses.items() if not all(map(is_loopback, found))} == {}
 
 
 def test_only_the_user_may_write_to_its_unix_sockets(seen):
     _, modes = seen
     assert modes
     assert {file: oct(mode) for file, mode in modes.items() if mode & 0o022} == {}
+
+
+RAY = """
+import json, subprocess, sys, tempfile
+import psutil, ray
+
+with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    ray.init(num_cpus=1, address="local", include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+    [server] = [child for child in psutil.Process().children() if child.name() == "gcs_server"]
+    listens = [c.laddr.ip for c in server.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    print(json.dumps([listens, ray.get_runtime_context().gcs_address]), flush=True)
+    input()
+"""
+JOIN = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(ray.get(ray.remote(lambda: 7).remote()))"
+
+
+def test_ray_left_alone_listens_everywhere_and_a_token_closes_it():
+    """What docs/security.md says of Ray on GPUs, and what examples/slurm.sh relies on."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    cluster = subprocess.Popen([sys.executable, "-c", RAY], env=environment | token, **pipes)
+    try:
+        [listens], address = json.loads(cluster.stdout.readline())
+        assert not is_loopback(listens)
+
+        def joined(settings):
+            command = [sys.executable, "-c", JOIN, address]
+            return subprocess.run(command, env=environment | settings, capture_output=True, text=True, timeout=120).stdout
+
+        assert joined(token).endswith("7\n")
+        assert joined(token | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}) == joined({}) == ""
+    finally:
+        cluster.communicate("\n", timeout=60)

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,25 @@ from openrlhf_sd.model_support import check_weights, own_code
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
+
+# The document.
+
+
+def test_the_document_names_tests_and_files_that_exist():
+    text = (ROOT / "docs" / "security.md").read_text()
+    functions = {
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 8 and named <= functions
+    [upstream] = {Path(path) for path in sys.path if (Path(path) / "openrlhf" / "cli").is_dir()}
+    files = set(re.findall(r"`([\w/]+/\w+\.(?:py|sh))`", text))
+    assert len(files) > 15
+    assert {file for file in files if not (ROOT / file).exists() and not (upstream / file).exists()} == set()
+
 
 # What may run code out of data.
 
@@ -195,6 +215,31 @@ def test_engines_load_safetensors_and_nothing_else(pickled_model, tmp_path, monk
         settings = timing_engine.EngineSettings(str(pickled_model), config, 1, 64, 1 << 20, 4)
         timing_engine._start(settings, tmp_path / "times")
     assert started == ["safetensors", "safetensors"]
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("hostile", [False, True])
+def test_the_documented_conversion_keeps_weights_and_runs_no_code(pickled_model, tmp_path, hostile):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not hostile:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pickled_model))
+        torch.save(model.state_dict(), pickled_model / "pytorch_model.bin")
+    [lines] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "security.md").read_text(), re.DOTALL)
+    lines = lines.replace("OLD", str(pickled_model)).replace("NEW", str(tmp_path / "new")).splitlines()
+    weights_only = "\n".join(line for line in lines if not line.startswith("AutoTokenizer"))  # there is none here
+    done = subprocess.run([sys.executable, "-c", weights_only], capture_output=True, text=True, timeout=120)
+    if hostile:
+        assert done.returncode != 0 and "UnpicklingError" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        converted = load_file(tmp_path / "new" / "model.safetensors")
+        expected = model.state_dict()
+        assert converted and all(torch.equal(converted[name], expected[name]) for name in converted)
+        assert len(converted) >= len(expected) - 1, "all but a tied head"
+        check_weights(str(tmp_path / "new"), "--model")
     assert not (tmp_path / "ran").exists()
 
 
