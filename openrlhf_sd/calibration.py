@@ -134,6 +134,8 @@ def load(path: str | Path) -> Calibration:
         raise SelfSpecError(f"{path}: no calibration: not a text file; make one: {MAKE_ONE}") from error
     except SelfSpecError as error:
         raise SelfSpecError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+        raise SelfSpecError(f"{path}: no calibration: {error}; make one: {MAKE_ONE}") from error
 
 
 def check_matches(
