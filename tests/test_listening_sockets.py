@@ -104,15 +104,17 @@ def test_only_the_user_may_write_to_its_unix_sockets(seen):
 
 
 RAY = """
-import json, subprocess, sys, tempfile
+import json
 import psutil, ray
+from openrlhf_sd.cpu.ray_start import session_dir
 
-with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+with session_dir() as folder:
     ray.init(num_cpus=1, address="local", include_dashboard=False, _temp_dir=folder, log_to_driver=False)
     [server] = [child for child in psutil.Process().children() if child.name() == "gcs_server"]
     listens = [c.laddr.ip for c in server.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     print(json.dumps([listens, ray.get_runtime_context().gcs_address]), flush=True)
     input()
+    ray.shutdown()
 """
 JOIN = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(ray.get(ray.remote(lambda: 7).remote()))"
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -445,6 +446,20 @@ def test_a_cluster_that_is_joined_keeps_its_addresses(monkeypatch, ray_of_this_m
     called = start_ray(monkeypatch)
     assert ray_of_this_machine.get_node_ip_address() == "10.0.0.2"
     assert "address" not in called and "GLOO_SOCKET_IFNAME" not in called["runtime_env"]["env_vars"]
+
+
+def test_nobody_else_can_enter_rays_folder(monkeypatch, tmp_path):
+    """Ray gives everyone write permission on the folder itself."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    with ray_start.session_dir() as folder:
+        closed = Path(folder).parent
+        assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+        Path(folder).mkdir()
+    assert not closed.exists()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with ray_start.session_dir() as folder:
+        assert folder == str(tmp_path)
+    assert tmp_path.exists()
 
 
 def test_the_users_interface_for_gloo_is_kept(monkeypatch, ray_of_this_machine):

@@ -19,11 +19,13 @@ SPARE_SLOTS = 4
 
 @contextmanager
 def session_dir() -> Iterator[str]:
-    """Where Ray keeps sockets and logs: a new folder, removed at the end unless the run fails; or RAY_TMPDIR, which is
-    left alone."""
+    """Where Ray keeps sockets and logs: a new folder that only this user can enter, removed at the end unless the run
+    fails; or RAY_TMPDIR, which is left alone."""
     chosen = os.environ.get("RAY_TMPDIR")
     # Not in TMPDIR: Ray's socket paths must stay under 108 characters.
-    folder = chosen or tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    closed = None if chosen else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    # Ray lets everyone write into the folder it is given; behind a closed one nobody gets there.
+    folder = chosen or os.path.join(closed, "r")
     keep = chosen is not None
     try:
         yield folder
@@ -33,7 +35,7 @@ def session_dir() -> Iterator[str]:
         raise
     finally:
         if not keep:
-            shutil.rmtree(folder, ignore_errors=True)  # a dying process of Ray may still be writing its log
+            shutil.rmtree(closed, ignore_errors=True)  # a dying process of Ray may still be writing its log
 
 
 def ray_init_on_cpu(
