@@ -64,7 +64,7 @@ def read_model_config(model: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=True).to_dict()
+        return AutoConfig.from_pretrained(model, trust_remote_code=False).to_dict()
     except (OSError, ValueError) as error:
         raise SelfSpecError(f"--model: {model!r} is no folder and the hub gives no config.json for it") from error
 

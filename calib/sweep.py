@@ -87,12 +87,14 @@ def sweep(args: Any) -> int:
 
     from calib.device import default_quant, device_name, has_gpu, read_model_config
     from openrlhf_sd.engine.compat import installed_version
-    from openrlhf_sd.model_support import check_model
+    from openrlhf_sd.model_support import check_model, check_weights
     from openrlhf_sd.policy.model_constants import model_constants
 
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    # No markup: names of files and models are printed.
+    console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=120)
     config = read_model_config(args.model)
     check_model(config, "--model")
+    check_weights(args.model, "--model")
     constants = model_constants(config, args.tensor_parallel_size)
     vllm = installed_version("vllm")
     if vllm is None:
@@ -247,8 +249,11 @@ def measure(
     spread = statistics.median(spreads)
     if num_lost or spread > RESTLESS_SPREAD:
         lost = f", and {num_lost} draft steps were lost in the noise and left empty" if num_lost else ""
-        console.print(f"[bold]the machine was restless[/bold]: the middle half of a point's cycles spread over {spread:.0%}{lost}; "
-                      "other programs were running? Delete the file and measure again")
+        console.print(
+            f"the machine was restless: the middle half of a point's cycles spread over {spread:.0%}{lost}; "
+            "other programs were running? Delete the file and measure again",
+            style="bold",
+        )
 
 
 def cells_in_time(

@@ -177,6 +177,7 @@ def _start(settings: EngineSettings, times_file: Path) -> Any:
         # On CPU compilation takes half a minute per engine; on CUDA the graphs are what is to be timed.
         "enforce_eager": current_platform.is_cpu(),
         "skip_tokenizer_init": True,
+        "load_format": "safetensors",
         "enable_prefix_caching": False,
     }
     if settings.logprobs:

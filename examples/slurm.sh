@@ -14,9 +14,14 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?is set in a Slurm job: submit this file with sbatch}"
 . "${VENV:-$PWD/.venv}/bin/activate"
 
+# Whoever reaches a port of Ray runs code as you. With this token, which only your own processes can read, Ray answers nobody else.
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RAY_ADDRESS=$head:6379
-srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap env -u RAY_ADDRESS ray start --head --port=6379 --num-gpus=8 --block &
+srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap env -u RAY_ADDRESS \
+    ray start --head --port=6379 --num-gpus=8 --include-dashboard=false --block &
 timeout 120 bash -c 'until ray status >/dev/null 2>&1; do sleep 2; done'
 others=$((SLURM_JOB_NUM_NODES - 1))
 if ((others > 0)); then

@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from openrlhf_sd.provenance import describe_machine
 
-    # Piped into a file, rich would fold the table to 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    # Piped into a file, rich would fold the table to 80 columns. No markup: names of files and models are printed.
+    console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=120)
     results: dict[str, Any] = {"machine": describe_machine(), "settings": vars(args) | {"out": str(args.out)}, "models": []}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
@@ -142,7 +142,7 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
         )
     else:
         config = SelfSpecConfig(mode="fixed", gamma=gamma, quant=quant)
-    console.print(f"[bold]{model.name}[/bold], drafter {quant}: starting two engines (under a minute)")
+    console.print(f"{model.name}, drafter {quant}: starting two engines (under a minute)", style="bold")
     ours = engine_args(config, model) | {"scheduler_cls": QUALNAME}
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the call of sleep_when_idle
     plain = LLM(str(model), **sizes)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.config import SelfSpecError, printable
 from openrlhf_sd.policy.cost_model import CostModel
 from openrlhf_sd.policy.model_constants import ModelConstants, model_constants
 
@@ -81,7 +81,8 @@ class Calibration:
         return self.cost_model.constants
 
     def describe(self) -> str:
-        return f"{self.kind} for {self.model}, drafter {self.quant}, TP {self.tensor_parallel_size}, on {self.device}"
+        """One line for people. Names are somebody else's text: a calibration may come from anywhere."""
+        return printable(f"{self.kind} for {self.model}, drafter {self.quant}, TP {self.tensor_parallel_size}, on {self.device}")
 
     def save(self, path: str | Path) -> None:
         """Write in one step: a reader sees the old file or the new one."""
@@ -133,6 +134,8 @@ def load(path: str | Path) -> Calibration:
         raise SelfSpecError(f"{path}: no calibration: not a text file; make one: {MAKE_ONE}") from error
     except SelfSpecError as error:
         raise SelfSpecError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+        raise SelfSpecError(f"{path}: no calibration: {error}; make one: {MAKE_ONE}") from error
 
 
 def check_matches(

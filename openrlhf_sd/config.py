@@ -35,8 +35,17 @@ DEFAULT_QUANT = {"cpu": "w8a8", "cuda": "w4"}
 DEFAULT_GROUP_SIZE = 128
 
 
+def printable(text: str) -> str:
+    """`text` for a terminal: control characters, such as the escapes in a hostile name, become '?'. Line breaks stay."""
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+
+
 class SelfSpecError(ValueError):
-    """Bad input from a user. The message is one line, names the flag or file at fault and says how to mend it."""
+    """Bad input from a user. The message is one line, names the flag or file at fault and says how to mend it. It is made printable:
+    names in it are somebody else's text, and it ends in a terminal."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def explain(config: SelfSpecConfig | None, run_dir: str | None, upstream: argpar
             except SelfSpecError as problem:
                 why_no_region = str(problem)
                 problems.append(why_no_region)
-    said = tuple(notes(config, settings, gpu, memory, region))
+    said = (*preflight.warnings(upstream), *notes(config, settings, gpu, memory, region))
     return Explanation(config, settings, gpu, memory, why_no_memory, region, why_no_region, said, tuple(problems))
 
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from openrlhf_sd.config import SelfSpecConfig
+from openrlhf_sd.config import SelfSpecConfig, printable
 from openrlhf_sd.explain_memory import MemoryPlan
 from openrlhf_sd.explain_region import TABLE_ACCEPTANCE, Cell, Region
 from openrlhf_sd.gpus import Gpu
@@ -59,7 +59,7 @@ def _section(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> N
     table.add_column(no_wrap=True)
     table.add_column()
     for label, value in rows:
-        table.add_row(f"  {label}", value)
+        table.add_row(f"  {label}", printable(value))
     console.print(table)
     console.print()
 

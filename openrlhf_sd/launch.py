@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openrlhf_sd import flags, preflight, provenance, worker_setup
-from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.config import SelfSpecError, printable
 from openrlhf_sd.cpu import platform, ray_start
 from openrlhf_sd.process_tree import adopt_orphans, end_descendants
 
@@ -64,8 +64,11 @@ def run(argv: Sequence[str]) -> int:
     config, run_dir, upstream_argv = flags.split_flags(argv)
     upstream = flags.parse_upstream(upstream_argv)
     preflight.check(config, run_dir, upstream)
+    for warning in preflight.warnings(upstream):
+        print(f"openrlhf-sd: warning: {printable(warning)}", file=sys.stderr)
     if run_dir is not None and vars(upstream)["logger.tensorboard_dir"] is None:
-        upstream_argv += ["--logger.tensorboard_dir", str(Path(run_dir) / "tensorboard")]
+        # One word: the folder's name may begin with a dash.
+        upstream_argv.append(f"--logger.tensorboard_dir={Path(run_dir) / 'tensorboard'}")
         upstream = flags.parse_upstream(upstream_argv)
 
     # From here on torch is loaded, and soon the rest: say so before the silence.

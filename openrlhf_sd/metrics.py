@@ -160,7 +160,7 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:
             continue
         try:
             row = json.loads(line, parse_constant=_refuse_constant)
-        except ValueError:  # JSONDecodeError and UnicodeDecodeError are both ValueError
+        except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are both ValueError
             num_unreadable += 1
             continue
         if isinstance(row, dict):

@@ -13,7 +13,7 @@ from typing import Any
 
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
 from openrlhf_sd.drafter_scheme import check_group_size, linear_input_widths
-from openrlhf_sd.model_support import check_model
+from openrlhf_sd.model_support import check_model, check_weights, own_code
 
 RUN_CONFIG = "config.json"
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
@@ -57,7 +57,7 @@ def problems(
     if model_config is not None:
         yield from _context_length(model_config, flags)
         if config is not None:
-            yield from _drafter(config, model_config, flags["vllm.tensor_parallel_size"])
+            yield from _drafter(config, model_config, flags)
     yield from _inputs(flags)
     if run_dir is not None and (Path(run_dir) / RUN_CONFIG).exists():
         yield SelfSpecError(f"--self-spec.run_dir: {run_dir} already holds a run; give another folder")
@@ -72,6 +72,11 @@ def flag_problems(config: SelfSpecConfig | None, upstream: argparse.Namespace) -
         yield from _ramp_up(config, flags)
     yield from _colocation(flags)
     yield from _dtype(flags)
+
+
+def warnings(upstream: argparse.Namespace) -> Iterator[str]:
+    """What a user may not want and no flag forbids."""
+    yield from own_code({f"--{name}": value for name, value in vars(upstream).items() if name.endswith(".model_name_or_path")})
 
 
 def cpu_problems(upstream: argparse.Namespace) -> Problems:
@@ -187,11 +192,14 @@ def _context_length(model_config: dict[str, Any], flags: dict[str, Any]) -> Prob
         )
 
 
-def _drafter(config: SelfSpecConfig, model_config: dict[str, Any], tensor_parallel_size: int) -> Problems:
+def _drafter(config: SelfSpecConfig, model_config: dict[str, Any], flags: dict[str, Any]) -> Problems:
+    flag = "actor.model_name_or_path"
     try:
-        check_model(model_config, "--actor.model_name_or_path")
+        check_model(model_config, f"--{flag}")
+        check_weights(flags[flag], f"--{flag}")
         if config.group_size is not None:
-            check_group_size(config.group_size, linear_input_widths(SimpleNamespace(**model_config), tensor_parallel_size))
+            widths = linear_input_widths(SimpleNamespace(**model_config), flags["vllm.tensor_parallel_size"])
+            check_group_size(config.group_size, widths)
     except SelfSpecError as problem:
         yield problem
 

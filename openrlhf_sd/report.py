@@ -79,7 +79,7 @@ def write_report(run_dirs: Sequence[str], out: Path, baseline: str | None, num_w
     for name, document in documents.items():
         (out / name).write_text(document, encoding="utf-8")
     print_report(comparison)
-    print(f"report: {out / 'report.html'}")
+    print(f"report: {text(out / 'report.html')}")
     return comparison
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from openrlhf_sd.config import printable
 from openrlhf_sd.report_bootstrap import Estimate
 from openrlhf_sd.report_lengths import LengthControlled
 from openrlhf_sd.report_summary import Progress, Spread
@@ -14,7 +15,7 @@ MISSING = "missing"
 
 def text(value: Any) -> str:
     """One printable line: terminal escapes and line breaks of a hostile name become '?'."""
-    return "".join(char if char.isprintable() else "?" for char in str(value))
+    return printable(str(value)).replace("\n", "?")
 
 
 def number(value: float) -> str:

@@ -104,7 +104,7 @@ def load_run(run_dir: str | Path, may_be_empty: bool = False) -> RunRecords:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)  # OpenRLHF has defaults of infinity
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SelfSpecError(f"{path}: not valid JSON ({error}); restore the file or run again") from error
     if not isinstance(value, dict):
         raise SelfSpecError(f"{path}: expected a JSON object; restore the file or run again")

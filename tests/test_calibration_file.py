@@ -118,6 +118,8 @@ def test_every_fitted_term_must_be_a_finite_number_of_zero_or_more(tmp_path, val
         (b"{", "is not JSON"),
         (b"[1]", "holds list"),
         (b"\xff\xfe", "not a text file"),
+        (b'{"format": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
+        (b"[" * 100_000, "recursion depth"),
         (None, "cannot be read"),
     ],
 )

@@ -150,8 +150,8 @@ def test_appending_after_a_cut_line_does_not_lose_the_new_row(tmp_path):
 
 def test_lines_that_are_no_rows_are_counted_not_raised(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'[1]\n{"rollout": NaN}\n\xff\xfe\n\n' + json.dumps(row_of()).encode() + b"\n")
-    assert read_rows(path) == ([row_of()], 3)
+    path.write_bytes(b'[1]\n{"rollout": NaN}\n\xff\xfe\n\n' + b"[" * 100_000 + b"\n" + json.dumps(row_of()).encode() + b"\n")
+    assert read_rows(path) == ([row_of()], 4)
 
 
 def test_engines_writing_at_once_do_not_interleave(tmp_path):

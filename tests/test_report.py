@@ -283,6 +283,7 @@ def test_metrics_alone_without_tensorboard_are_read(two_runs, tmp_path):
         (lambda run: "nowhere", "nowhere: no such run folder"),
         (lambda run: (run / "config.json").unlink(), "config.json: missing"),
         (lambda run: (run / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (lambda run: (run / "config.json").write_text("[" * 100_000), "config.json: not valid JSON"),
         (
             lambda run: (run / "config.json").write_text('{"arm": 3}'),
             "config.json: 'arm' is missing or of the wrong type",

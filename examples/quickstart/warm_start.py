@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = Qwen2ForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model = Qwen2ForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
     started = time.perf_counter()
     train(model, tokenizer, args.steps, args.seed)
     trained = time.perf_counter()

@@ -13,14 +13,21 @@ class GlooBroadcastGroup:
 
     vLLM's CPU worker is a plain subprocess, not a Ray actor, so `ray.util.collective` does not reach it; a stateless
     group does.
-    Blocks in the constructor until all `world_size` ranks have joined.
+    Blocks in the constructor until all `world_size` ranks have joined. Rank 0's store listens at `host` only.
     """
 
     def __init__(self, host: str, port: int, rank: int, world_size: int) -> None:
         from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 
+        from openrlhf_sd.cpu.loopback import listen_at
+
         self._group = stateless_init_torch_distributed_process_group(
-            host=host, port=port, rank=rank, world_size=world_size, backend="gloo"
+            host=host,
+            port=port,
+            rank=rank,
+            world_size=world_size,
+            backend="gloo",
+            listen_socket=listen_at(host, port) if rank == 0 else None,
         )
 
     def broadcast(self, tensor: "torch.Tensor", src: int, stream: object = None) -> None:

@@ -44,6 +44,15 @@ def _torch(torch: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
+def _rendezvous(module: ModuleType) -> Iterator[None]:
+    yield
+    # The trainer's ranks meet at a store that would listen on every interface.
+    from openrlhf_sd.cpu.loopback import store_at_its_address
+
+    module.TCPStore = store_at_its_address(module.TCPStore)
+
+
+@contextmanager
 def _ring_attn_utils(module: ModuleType) -> Iterator[None]:
     # It imports flash-attn at module level for packing and ring attention, neither of which a CPU run may ask for. The
     # stand-in is visible to this import only: transformers, vLLM and OpenRLHF's own loss probe for flash-attn and must
@@ -150,6 +159,7 @@ def _vllm_engine(module: ModuleType) -> Iterator[None]:
 
 PATCHES: dict[str, ModulePatch] = {
     "torch": _torch,
+    "torch.distributed.rendezvous": _rendezvous,
     "openrlhf.models.ring_attn_utils": _ring_attn_utils,
     "openrlhf.utils.deepspeed.deepspeed": _deepspeed_strategy,
     "openrlhf.trainer.ppo_utils.replay_buffer": _replay_buffer,

@@ -11,17 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from openrlhf_sd.cpu import loopback
+
 SPARE_SLOTS = 4
 """Logical slots beyond the models': the trainer actor and OpenRLHF's short-lived helpers."""
 
 
 @contextmanager
 def session_dir() -> Iterator[str]:
-    """Where Ray keeps sockets and logs: a new folder, removed at the end unless the run fails; or RAY_TMPDIR, which is
-    left alone."""
+    """Where Ray keeps sockets and logs: a new folder that only this user can enter, removed at the end unless the run
+    fails; or RAY_TMPDIR, which is left alone."""
     chosen = os.environ.get("RAY_TMPDIR")
     # Not in TMPDIR: Ray's socket paths must stay under 108 characters.
-    folder = chosen or tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    closed = None if chosen else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    # Ray lets everyone write into the folder it is given; behind a closed one nobody gets there.
+    folder = chosen or os.path.join(closed, "r")
     keep = chosen is not None
     try:
         yield folder
@@ -31,7 +35,7 @@ def session_dir() -> Iterator[str]:
         raise
     finally:
         if not keep:
-            shutil.rmtree(folder, ignore_errors=True)  # a dying process of Ray may still be writing its log
+            shutil.rmtree(closed, ignore_errors=True)  # a dying process of Ray may still be writing its log
 
 
 def ray_init_on_cpu(
@@ -43,14 +47,15 @@ def ray_init_on_cpu(
     """
 
     def init(runtime_env: dict[str, Any], **kwargs: Any) -> Any:
-        env_vars = {**runtime_env["env_vars"], **worker_env_vars()}
+        joins_cluster = bool(os.environ.get("RAY_ADDRESS"))  # one that someone else has sized
         runtime_env = {
             **runtime_env,
-            "env_vars": env_vars,
+            "env_vars": {**runtime_env["env_vars"], **worker_env_vars(is_alone=not joins_cluster)},
             "worker_process_setup_hook": worker_setup,
         }
-        if os.environ.get("RAY_ADDRESS"):  # a cluster someone else has sized
+        if joins_cluster:
             return ray_init(runtime_env=runtime_env, **kwargs)
+        loopback.keep_ray_on_loopback()
         slots = num_slots(upstream) + SPARE_SLOTS
         return ray_init(
             runtime_env=runtime_env,
@@ -78,8 +83,9 @@ def num_slots(upstream: argparse.Namespace) -> int:
     return replicas + (flags["vllm.num_engines"] or 0) * flags["vllm.tensor_parallel_size"]
 
 
-def worker_env_vars() -> dict[str, str]:
-    """OpenMP settings of every Ray worker of the run, unless the user's environment says otherwise.
+def worker_env_vars(is_alone: bool) -> dict[str, str]:
+    """Settings of every Ray worker of the run, for OpenMP and, where one machine is all there is, for gloo, unless the user's
+    environment says otherwise.
 
     vLLM's own thread binding is left at its default, which keeps one core for its scheduler process. Giving that core
     to the model too brought nothing at best and decode steps 3 times slower at worst (3M and 60M parameters, batch 1
@@ -93,4 +99,6 @@ def worker_env_vars() -> dict[str, str]:
         # Alone, spinning is up to 1.7 times faster for tiny models. `CpuRolloutActor` takes this back for vLLM.
         "OMP_WAIT_POLICY": "PASSIVE",
     }
+    if is_alone:
+        ours |= loopback.ENV_VARS
     return {name: os.environ.get(name, value) for name, value in ours.items()}

@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 from openrlhf_sd.calibration_choice import choose_calibration
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
 from openrlhf_sd.drafter_scheme import linear_input_widths, resolve_scheme
-from openrlhf_sd.model_support import check_model
+from openrlhf_sd.model_support import check_model, check_weights
 from openrlhf_sd.policy.cost_model import CostModel
 
 
@@ -23,10 +23,12 @@ def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -
     from transformers import AutoConfig
 
     try:
-        hf_config = AutoConfig.from_pretrained(model, trust_remote_code=True)
+        # Models that can draft for themselves need no code of their own, and a user of plain vLLM has not agreed to run any.
+        hf_config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SelfSpecError(f"model: {model!r} holds no readable config.json ({str(error).splitlines()[0]})") from error
     check_model(hf_config.to_dict(), "model")
+    check_weights(model, "model")
     return resolve_scheme(config, linear_input_widths(hf_config, tensor_parallel_size), "cpu" if current_platform.is_cpu() else "cuda")
 
 
@@ -50,6 +52,7 @@ def engine_args(
     executor = {"distributed_executor_backend": "openrlhf_sd.engine.cpu_executor.SelfSpecExecutor"}
     return {
         **(executor if current_platform.is_cpu() else {}),
+        "load_format": "safetensors",
         "worker_cls": "openrlhf_sd.engine.worker.SelfSpecWorker",
         "worker_extension_cls": "openrlhf_sd.engine.weight_sync.SelfSpecWorkerWrap",
         "scheduler_cls": "openrlhf_sd.engine.scheduler.SelfSpecScheduler",

@@ -50,6 +50,8 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.v1.metrics.loggers", "AggregateStatLoggerBase.record", "drafts and acceptances per step"),
     ("vllm.v1.metrics.loggers", "StatLoggerManager.record", "calls every entry of AsyncLLM.logger_manager.stat_loggers"),
     ("openrlhf.trainer.ray", "create_vllm_engines", "the one rebind in the driver"),
+    ("ray._private.ray_constants", "ENABLE_RAY_CLUSTER", "off, Ray listens on the loopback interface"),
+    ("torch.distributed.rendezvous", "TCPStore", "listens at its own address on CPU"),
     ("openrlhf.trainer.ray.vllm_worker_wrap", "WorkerWrap.update_weight", "the end mark of a broadcast"),
     ("openrlhf.trainer.ray.vllm_worker_wrap", "WorkerWrap.update_weight_cuda_ipc", "the end mark of a broadcast"),
 )
