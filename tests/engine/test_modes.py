@@ -26,9 +26,7 @@ MODES: dict[str, tuple[object, ...]] = {
     "gae with a critic, a reference and two engines": (
         *("--algo.advantage.estimator", "gae", "--critic.num_gpus_per_node", 1, "--algo.kl.init_coef", 0.01, "--vllm.num_engines", 2),
     ),
-    "reinforce on two ranks with ZeRO-3": (
-        *("--algo.advantage.estimator", "reinforce", "--actor.num_gpus_per_node", 2, "--ds.zero_stage", 3),
-    ),
+    "reinforce with ZeRO-3": ("--algo.advantage.estimator", "reinforce", "--ds.zero_stage", 3),
     "rloo on two ranks with ZeRO-2, asleep while training": (
         *("--algo.advantage.estimator", "rloo", "--actor.num_gpus_per_node", 2, "--vllm.num_engines", 2, *SLEEP),
         *("--ref.num_gpus_per_node", 2),
@@ -80,10 +78,14 @@ def test_trains(measured, mode, warm_policy, data, tmp_path):
     flags = list(MODES[mode])
     if "--eval.steps" in flags:
         flags += ["--eval.dataset", data / "eval.jsonl"]
-    run_dir = train(tmp_path / "run", warm_policy, data, "--self-spec", "fixed", "--self-spec.gamma", 3, "--self-spec.audit", 1, *flags, steps=STEPS)
-    num_engines = int(json.loads((run_dir / "config.json").read_text())["openrlhf"]["vllm.num_engines"])
+    speculating = ("--self-spec", "fixed", "--self-spec.gamma", 3, "--self-spec.audit", 1)
+    run_dir = train(tmp_path / "run", warm_policy, data, *speculating, *flags, steps=STEPS)
+    settings = json.loads((run_dir / "config.json").read_text())["openrlhf"]
+    num_engines = settings["vllm.num_engines"]
     rows = self_spec_rows(run_dir)
-    assert len(rows) >= STEPS * num_engines
+    # With a queue, two rollouts may lie between two broadcasts: one row.
+    assert len(rows) >= (1 if settings["train.async_enable"] else STEPS) * num_engines
+    assert sum(row["num_responses"] for row in rows) >= STEPS * PROMPTS * SAMPLES
     assert_fresh_and_exact(rows, num_engines)
     for row in rows:
         assert row["audit"]["num_tokens"] > 0

@@ -19,7 +19,9 @@ class TwoTurns(AgentInstanceBase):
 
     async def step(self, states: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         self._num_turns += 1
-        reward = torch.tensor(float(task.is_correct(states["action_text"], states["label"])))
+        # vLLM leaves the end token out of the text.
+        answer = states["action_text"].removesuffix(task.EOS) + task.EOS
+        reward = torch.tensor(float(task.is_correct(answer, states["label"])))
         sampling_params = states["sampling_params"]
         if self._num_turns == 1:
             sampling_params.ignore_eos = True  # the second turn ends at max_model_len only

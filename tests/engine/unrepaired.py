@@ -62,3 +62,13 @@ class UselessDrafter(SelfSpecWorker):
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
         self.model_runner.drafter.model.register_forward_hook(lambda module, args, hidden_states: -hidden_states)
+
+
+class LosesVerifiedKV(SelfSpecWorker):
+    """Every verify step finds the keys and values of all tokens so far a tenth smaller than the policy wrote them."""
+
+    def execute_model(self, scheduler_output):
+        if scheduler_output.scheduled_spec_decode_tokens:
+            for cache in self.model_runner.kv_caches:
+                cache.mul_(0.9)
+        return super().execute_model(scheduler_output)
