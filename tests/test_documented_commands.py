@@ -56,6 +56,7 @@ ELSEWHERE = {
     "bash examples/compare.sh quickstart": COMPARISON,
     "bash examples/compare.sh quickstart --arms vanilla,auto --seeds 1,2,3 --steps 8 --out runs/three-seeds": COMPARISON,
     "bash tests/run.sh": "tests/test_run_script.py::test_without_flags_it_runs_what_is_neither_slow_nor_for_gpus",
+    "bash tests/run.sh --all": "tests/test_run_script.py::test_all_is_what_this_machine_can_run",
     "openrlhf-sd --self-spec --self-spec.run_dir runs/a <all your flags of openrlhf.cli.train_ppo_ray>": TRAINING,
     "openrlhf-sd --self-spec.run_dir runs/b <the same flags>": TRAINING,
     "python -m openrlhf.cli.train_ppo_ray": TRAINING,
