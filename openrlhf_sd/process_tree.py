@@ -28,12 +28,29 @@ def end_descendants() -> None:
     import psutil
 
     descendants = psutil.Process(os.getpid()).children(recursive=True)
-    for process in descendants:
+    trackers = [process for process in descendants if _is_resource_tracker(process)]
+    others = [process for process in descendants if process not in trackers]
+    for process in others:
         _signal(process.terminate)
-    _, alive = psutil.wait_procs(descendants, timeout=GRACE_S)
+    _, alive = psutil.wait_procs(others, timeout=GRACE_S)
     for process in alive:
         _signal(process.kill)
     psutil.wait_procs(alive, timeout=GRACE_S)
+    # They come last: each removes the shared memory of the processes it stands for when the last of those is gone.
+    _, alive = psutil.wait_procs(trackers, timeout=GRACE_S)
+    for process in alive:
+        _signal(process.kill)
+    psutil.wait_procs(alive, timeout=GRACE_S)
+
+
+def _is_resource_tracker(process) -> bool:
+    """Python's `multiprocessing/resource_tracker.py`, one for each tree of spawned processes."""
+    import psutil
+
+    try:
+        return any("multiprocessing.resource_tracker" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie, too
+        return False
 
 
 def _signal(send) -> None:

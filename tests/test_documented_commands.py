@@ -51,6 +51,12 @@ from openrlhf_sd import SelfSpecConfig, engine_args
 llm = LLM(model, **engine_args(SelfSpecConfig(mode="fixed", gamma=3, quant="w4"), model))
 print(llm.generate("Hello")[0].outputs[0].text)
 """
+TO_SAFETENSORS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+AutoModelForCausalLM.from_pretrained("OLD", dtype="auto", trust_remote_code=False).save_pretrained("NEW")
+AutoTokenizer.from_pretrained("OLD", trust_remote_code=False).save_pretrained("NEW")
+"""
 ELSEWHERE = {
     "bash examples/quickstart.sh": QUICKSTART,
     "bash examples/compare.sh quickstart": COMPARISON,
@@ -66,6 +72,7 @@ ELSEWHERE = {
     "python -m openrlhf_sd.simulator": "tests/test_simulator.py::test_a_calibration_alone_is_the_truth_that_all_policies_know",
     "python -m calib.simulate_grid": "tests/test_documented_commands.py::test_simulate_grid",
     "python -m pytest tests/test_math_reward.py": MATH_REWARD,
+    TO_SAFETENSORS: "tests/test_security.py::test_the_documented_conversion_keeps_weights_and_runs_no_code",
     PLAIN_VLLM: "tests/engine/test_acceptance.py::test_quantized_drafters_are_accepted_above_080",
 }
 

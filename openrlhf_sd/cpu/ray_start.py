@@ -63,8 +63,13 @@ def ray_init_on_cpu(
             num_cpus=slots,
             num_gpus=slots,
             include_dashboard=False,
-            # Ray runs its workers at nice 15: beside anything else on the machine they would get next to nothing.
-            _system_config={"worker_niceness": 0},
+            _system_config={
+                # Ray runs its workers at nice 15: beside anything else on the machine they would get next to nothing.
+                "worker_niceness": 0,
+                # Ray kills the children of a worker that exits, and so vLLM's engine and the process that removes its shared
+                # memory: every run left 160 MiB in /dev/shm. `end_descendants` ends them in order.
+                "kill_child_processes_on_worker_exit": False,
+            },
             # A cluster and a folder of its own, or Ray would join another run's on the same machine, or another user's.
             address="local",
             _temp_dir=session_dir,

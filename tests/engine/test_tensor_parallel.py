@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from engines import AcceptanceSince, sampled, self_spec_engine, token_prompts
@@ -17,7 +19,10 @@ PARAMS = sampled(24, logprobs=0)
 
 
 @pytest.mark.parametrize("quant", ["w4", "w8a8"])
-def test_two_ranks(measured, quant, untied_policy):
+def test_two_ranks(measured, quant, untied_policy, monkeypatch):
+    # vLLM-CPU would want a NUMA node for each rank.
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{second}")
     model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
     config = SelfSpecConfig(mode="fixed", gamma=3, quant=quant)
     sharded = {"tensor_parallel_size": 2, **engine_args(config, untied_policy, tensor_parallel_size=2)}

@@ -1,0 +1,36 @@
+"""The end of a run's processes, in a process of its own: it would end the tests too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CHILD = """
+import signal, time
+from multiprocessing.shared_memory import SharedMemory
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+shared = SharedMemory(create=True, size=100)
+print(shared.name, flush=True)
+time.sleep(600)
+"""
+PARENT = f"""
+import os, subprocess, sys
+import psutil
+from openrlhf_sd import process_tree
+process_tree.GRACE_S = 1.0
+process_tree.adopt_orphans()
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdout=subprocess.PIPE, text=True)
+segment = "/dev/shm/" + child.stdout.readline().strip()
+descendants = psutil.Process().children(recursive=True)
+existed = os.path.exists(segment)
+process_tree.end_descendants()
+print(len(descendants), existed, os.path.exists(segment), sum(process.is_running() for process in descendants))
+"""
+
+
+def test_a_process_that_must_be_killed_leaves_no_shared_memory():
+    ended = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    num_descendants, existed, exists_still, num_running = ended.stdout.split()
+    assert (int(num_descendants), existed) == (2, "True"), "the child and its resource tracker"
+    assert (exists_still, int(num_running)) == ("False", 0)
