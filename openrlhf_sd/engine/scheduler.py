@@ -113,7 +113,9 @@ class SelfSpecScheduler(PlatformScheduler):
         self._drafts = StepDrafts(self.num_spec_tokens)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if scheduler_output.num_scheduled_tokens:
-            self._observe(scheduler_output, sum(map(len, model_runner_output.sampled_token_ids)))
+            # Not what the model sampled: that of a request aborted, finished or reset meanwhile is dropped.
+            delivered = (output.new_token_ids for answers in outputs.values() for output in answers.outputs)
+            self._observe(scheduler_output, sum(map(len, delivered)))
         return outputs
 
     def _observe(self, scheduler_output: SchedulerOutput, num_tokens: int) -> None:
