@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from checked_engine import CheckedEngine, told
 from fake_engine import Sizes, asynchronous, make_scheduler
 
@@ -9,6 +10,8 @@ from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.engine import scheduler as synchronous
 
 CONFIG = SelfSpecConfig(mode="auto", gamma_max=3, calibration="none")
+
+both = pytest.mark.parametrize("is_async", [False, True], ids=["synchronous", "asynchronous"])
 
 
 def engine_of(is_async: bool = False, **sizes) -> CheckedEngine:
@@ -44,3 +47,21 @@ def test_an_evaluation_leaves_the_acceptance_of_the_running_rollout_alone():
     engine.begin_eval()
     engine.add([11, 12, 13], max_tokens=20)
     engine.finish()
+
+
+@both
+def test_a_request_passed_over_for_want_of_token_budget_decodes_without_its_old_drafts(is_async):
+    engine = engine_of(is_async, max_num_batched_tokens=9)
+    for _ in range(3):
+        engine.add([11, 12], max_tokens=12)
+    engine.finish()
+    assert engine.runner.seen["steps passed over"]
+
+
+def test_a_request_passed_over_before_the_end_of_its_context_decodes_without_its_old_drafts():
+    """Asynchronously: were all drafts in flight accepted, there would be no room for another token."""
+    for length in range(56, 64):
+        engine = engine_of(is_async=True)
+        engine.add(list(range(100, 100 + length)), max_tokens=40)
+        engine.add([11, 12], max_tokens=40)
+        engine.finish()

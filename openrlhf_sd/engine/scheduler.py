@@ -107,7 +107,18 @@ class SelfSpecScheduler(PlatformScheduler):
             num_prefills=len(self.running) - num_decodes + len(self.waiting),
         )
         self.dynamic_sd_lookup = self._lookups[self.controller.next_gamma(self._observation)]
+        self._drop_old_drafts()
         return super().schedule(throttle_prefills)
+
+    def _drop_old_drafts(self) -> None:
+        """Of requests that the step before passed over: no token budget was left, or the context's end was in reach.
+
+        The worker keeps neither drafts nor their probabilities beyond one step. Verified all the same, synchronous drafts cost
+        the whole batch its probabilities; asynchronous ones are the placeholder -1, no index of the embedding (vLLM issue 37159).
+        """
+        for request in self.running:
+            if request.spec_token_ids and request.request_id not in self.prev_step_scheduled_req_ids:
+                request.spec_token_ids = []
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output):
         self._drafts = StepDrafts(self.num_spec_tokens)
