@@ -65,3 +65,31 @@ def test_a_request_passed_over_before_the_end_of_its_context_decodes_without_its
         engine.add(list(range(100, 100 + length)), max_tokens=40)
         engine.add([11, 12], max_tokens=40)
         engine.finish()
+
+
+class Clock:
+    def __init__(self, *ticks_s: float) -> None:
+        self._now_s, self._ticks_s = 100.0, list(ticks_s)
+
+    def perf_counter(self) -> float:
+        self._now_s += self._ticks_s.pop(0)
+        return self._now_s
+
+
+def test_no_step_is_timed_by_a_clock_that_stood_still_or_was_set_back(monkeypatch):
+    monkeypatch.setattr(synchronous, "time", Clock(1.0, 2.0, 0.0, -50.0, 0.5, 1.0))
+    engine = engine_of()
+    engine.runner.num_right = (0,)
+    engine.end_rollout()
+    engine.add([11, 12, 13], max_tokens=6)
+    engine.finish()
+    assert [step.step_s for step in engine.steps] == [None, 2.0, None, None, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("tick_s", [0.0, -1.0])
+def test_auto_outlives_a_clock_that_stands_still_or_runs_backwards(monkeypatch, tick_s):
+    monkeypatch.setattr(synchronous, "time", Clock(1.0, *[0.01] * 10, *[tick_s] * 60))
+    engine = CheckedEngine(make_scheduler(synchronous.SelfSpecScheduler, CONFIG, Sizes(), is_async=False), Sizes())
+    engine.runner.num_right = (0,)
+    engine.add([11, 12, 13], max_tokens=40)
+    engine.finish()

@@ -143,7 +143,7 @@ class SelfSpecScheduler(PlatformScheduler):
         step = MeasuredStep(
             num_decodes=num_decodes,
             mean_context=self._observation.mean_context,
-            step_s=None if self._last_output_s is None else now_s - self._last_output_s,
+            step_s=self._step_s(now_s),
             num_prefill_tokens=scheduler_output.total_num_scheduled_tokens - num_decode_tokens + num_new,
             gamma_verified=max(map(len, verified.values()), default=0),
             # A step's output comes after its drafts were made, in asynchronous scheduling too: the copy of the sampled tokens to the
@@ -165,6 +165,12 @@ class SelfSpecScheduler(PlatformScheduler):
             )
         for line in self.controller.take_news():
             logger.info("self-speculation: %s", line)
+
+    def _step_s(self, now_s: float) -> float | None:
+        """None after an idle engine or a pause, and where the clock stood still or was set back: that has measured nothing."""
+        if self._last_output_s is None or now_s <= self._last_output_s:
+            return None
+        return now_s - self._last_output_s
 
     def make_spec_decoding_stats(
         self,
