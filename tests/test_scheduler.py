@@ -1,0 +1,95 @@
+"""The scheduler without a model: what the fuzz (test_scheduler_fuzz.py) has found wrong, and what it may miss."""
+
+from __future__ import annotations
+
+import pytest
+from checked_engine import CheckedEngine, told
+from fake_engine import Sizes, asynchronous, make_scheduler
+
+from openrlhf_sd.config import SelfSpecConfig
+from openrlhf_sd.engine import scheduler as synchronous
+
+CONFIG = SelfSpecConfig(mode="auto", gamma_max=3, calibration="none")
+
+both = pytest.mark.parametrize("is_async", [False, True], ids=["synchronous", "asynchronous"])
+
+
+def engine_of(is_async: bool = False, **sizes) -> CheckedEngine:
+    """Drafts three tokens in every step."""
+    module = asynchronous() if is_async else synchronous
+    return CheckedEngine(make_scheduler(told(module.SelfSpecScheduler), CONFIG, Sizes(**sizes), is_async), Sizes(**sizes))
+
+
+def num_tokens(report: dict) -> int:
+    return sum(segment[-1] for segment in report["timeline"])
+
+
+def test_tokens_of_an_aborted_request_are_in_no_rollout():
+    engine = engine_of()
+    engine.add([11, 12, 13], max_tokens=5)
+    engine.abort(["request 0"], while_executing=True)
+    assert num_tokens(engine.end_rollout()) == 0
+
+
+def test_what_an_asynchronous_step_samples_after_an_answer_has_stopped_is_in_no_rollout():
+    engine = engine_of(is_async=True)
+    engine.end_rollout()
+    engine.add([11, 12, 13], max_tokens=20, stop_at=4)
+    assert num_tokens(engine.finish()) == 5
+
+
+def test_an_evaluation_leaves_the_acceptance_of_the_running_rollout_alone():
+    engine = engine_of()
+    engine.add([11, 12, 13], max_tokens=8)
+    for _ in range(8):
+        engine.turn()
+    assert engine.acceptance.num_accepted_tokens
+    engine.begin_eval()
+    engine.add([11, 12, 13], max_tokens=20)
+    engine.finish()
+
+
+@both
+def test_a_request_passed_over_for_want_of_token_budget_decodes_without_its_old_drafts(is_async):
+    engine = engine_of(is_async, max_num_batched_tokens=9)
+    for _ in range(3):
+        engine.add([11, 12], max_tokens=12)
+    engine.finish()
+    assert engine.runner.seen["steps passed over"]
+
+
+def test_a_request_passed_over_before_the_end_of_its_context_decodes_without_its_old_drafts():
+    """Asynchronously: were all drafts in flight accepted, there would be no room for another token."""
+    for length in range(56, 64):
+        engine = engine_of(is_async=True)
+        engine.add(list(range(100, 100 + length)), max_tokens=40)
+        engine.add([11, 12], max_tokens=40)
+        engine.finish()
+
+
+class Clock:
+    def __init__(self, *ticks_s: float) -> None:
+        self._now_s, self._ticks_s = 100.0, list(ticks_s)
+
+    def perf_counter(self) -> float:
+        self._now_s += self._ticks_s.pop(0)
+        return self._now_s
+
+
+def test_no_step_is_timed_by_a_clock_that_stood_still_or_was_set_back(monkeypatch):
+    monkeypatch.setattr(synchronous, "time", Clock(1.0, 2.0, 0.0, -50.0, 0.5, 1.0))
+    engine = engine_of()
+    engine.runner.num_right = (0,)
+    engine.end_rollout()
+    engine.add([11, 12, 13], max_tokens=6)
+    engine.finish()
+    assert [step.step_s for step in engine.steps] == [None, 2.0, None, None, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("tick_s", [0.0, -1.0])
+def test_auto_outlives_a_clock_that_stands_still_or_runs_backwards(monkeypatch, tick_s):
+    monkeypatch.setattr(synchronous, "time", Clock(1.0, *[0.01] * 10, *[tick_s] * 60))
+    engine = CheckedEngine(make_scheduler(synchronous.SelfSpecScheduler, CONFIG, Sizes(), is_async=False), Sizes())
+    engine.runner.num_right = (0,)
+    engine.add([11, 12, 13], max_tokens=40)
+    engine.finish()
