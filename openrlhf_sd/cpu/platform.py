@@ -2,8 +2,8 @@
 
 OpenRLHF names CUDA literally: as the current device, in a device mesh, in its replay buffer, in its weight broadcast,
 and by importing flash-attn. `install()` answers each of those names on the CPU, one patch per name, each when its
-module is imported. It runs in the driver and, as Ray's `worker_process_setup_hook`, in every Ray worker; the vLLM
-engine's own processes need none of it.
+module is imported. DeepSpeed's ZeRO-3 gets one too: it counts on CUDA's collectives to end in order. It runs in the
+driver and, as Ray's `worker_process_setup_hook`, in every Ray worker; the vLLM engine's own processes need none of it.
 """
 
 from __future__ import annotations
@@ -114,6 +114,20 @@ def _deepspeed_strategy(module: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
+def _partition_parameters(module: ModuleType) -> Iterator[None]:
+    yield
+
+    # Gathering several ZeRO-3 parameters together starts one asynchronous all-gather for each and waits for the last
+    # one only. Those of CUDA end in order, those of gloo do not: weights are read, or loaded from the checkpoint,
+    # before the old partitions arrive on top of them. The one by one gathering beside it waits for each. Mended after
+    # 0.19.6 (github.com/deepspeedai/DeepSpeed/pull/8539).
+    def gather(self: object, param_list: list, hierarchy: int = 0, quantize: bool = False) -> None:
+        self._allgather_params_sequential(param_list, hierarchy)
+
+    module.Init._allgather_params_coalesced = gather
+
+
+@contextmanager
 def _replay_buffer(module: ModuleType) -> Iterator[None]:
     yield
     # Its constructor writes torch.device(f"cuda:{current_device}"), with an index where ours answers "cpu".
@@ -160,6 +174,7 @@ def _vllm_engine(module: ModuleType) -> Iterator[None]:
 PATCHES: dict[str, ModulePatch] = {
     "torch": _torch,
     "torch.distributed.rendezvous": _rendezvous,
+    "deepspeed.runtime.zero.partition_parameters": _partition_parameters,
     "openrlhf.models.ring_attn_utils": _ring_attn_utils,
     "openrlhf.utils.deepspeed.deepspeed": _deepspeed_strategy,
     "openrlhf.trainer.ppo_utils.replay_buffer": _replay_buffer,
