@@ -26,7 +26,9 @@ MODES: dict[str, tuple[object, ...]] = {
     "gae with a critic, a reference and two engines": (
         *("--algo.advantage.estimator", "gae", "--critic.num_gpus_per_node", 1, "--algo.kl.init_coef", 0.01, "--vllm.num_engines", 2),
     ),
-    "reinforce with ZeRO-3": ("--algo.advantage.estimator", "reinforce", "--ds.zero_stage", 3),
+    "reinforce on two ranks with ZeRO-3": (
+        *("--algo.advantage.estimator", "reinforce", "--actor.num_gpus_per_node", 2, "--ds.zero_stage", 3),
+    ),
     "rloo on two ranks with ZeRO-2, asleep while training": (
         *("--algo.advantage.estimator", "rloo", "--actor.num_gpus_per_node", 2, "--vllm.num_engines", 2, *SLEEP),
         *("--ref.num_gpus_per_node", 2),

