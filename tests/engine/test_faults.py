@@ -116,7 +116,7 @@ def test_ctrl_c_ends_everything(stage, warm_policy, data, tmp_path):
     assert left_behind() - before == set()
 
 
-@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker", "ray::SelfSpecRolloutActor"])
+@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker", "ray::RolloutRayActor"])
 def test_a_killed_process_ends_the_run(victim, measured, warm_policy, data, tmp_path):
     with running(tmp_path / "run", warm_policy, data) as run:
         run.wait_until(lambda: "Generate samples:" in run.output(), "a rollout")
