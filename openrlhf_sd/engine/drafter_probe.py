@@ -1,7 +1,7 @@
 """Whether the drafter's layers still compute what the policy's do: both get the same random input, and their outputs are compared.
 
 This sees what no checksum of the weights can: a kernel left with pointers to freed scales, or a layer that a reload forgot to pack.
-It costs about two decode steps, once per weight sync.
+It reads every decoder weight of both once, as two decode steps would, after each weight sync.
 """
 
 from __future__ import annotations

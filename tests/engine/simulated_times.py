@@ -11,7 +11,7 @@ from step_world import GpuLike
 from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.engine.scheduler import SelfSpecScheduler
 from openrlhf_sd.policy.controller import Controller
-from openrlhf_sd.policy.observation import MeasuredStep
+from openrlhf_sd.policy.observation import MeasuredStep, RolloutAcceptance, StepObservation
 
 
 class _TimesOfAGpu:
@@ -19,11 +19,17 @@ class _TimesOfAGpu:
         self._controller = controller
         self._costs = GpuLike()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._controller, name)
+    def next_gamma(self, observation: StepObservation) -> int:
+        return self._controller.next_gamma(observation)
 
-    def __deepcopy__(self, memo: dict) -> _TimesOfAGpu:
-        raise NotImplementedError("no evaluation in tests with simulated times")
+    def end_rollout(self, acceptance: RolloutAcceptance) -> None:
+        self._controller.end_rollout(acceptance)
+
+    def take_news(self) -> list[str]:
+        return self._controller.take_news()
+
+    def state(self) -> dict[str, Any]:
+        return self._controller.state()
 
     def observe(self, step: MeasuredStep) -> None:
         if step.step_s is not None and step.num_decodes:
