@@ -74,10 +74,6 @@ SPOILED = {
         },
         "--vllm.enable_prefix_caching: with --train.partial_rollout_enable vLLM cannot forget",
     ),
-    "a model of ModelScope's hub": (
-        {"--self-spec": "fixed", "--use_ms": None, "--actor.model_name_or_path": "qwen/Qwen2.5-7B"},
-        "--use_ms: --self-spec must read the model before ModelScope can fetch it",
-    ),
     "audit without a place for evidence": (
         {"--self-spec": "fixed", "--self-spec.audit": "5"},
         "--self-spec.audit: has nowhere to save evidence",
@@ -165,6 +161,14 @@ def test_flags_that_need_a_gpu_are_refused_without_one(
     assert launch.main(as_argv({**good_flags, **spoil})) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"openrlhf-sd: error: {message}")
+
+
+def test_a_model_that_only_modelscope_can_fetch_is_refused(good_flags, forbid_training, monkeypatch, capsys):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    flags = {**good_flags, "--self-spec": "fixed", "--use_ms": None, "--actor.model_name_or_path": "qwen/Qwen2.5-7B"}
+    assert launch.main(as_argv(flags)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("openrlhf-sd: error: --use_ms: --self-spec must read the model before ModelScope can fetch it")
 
 
 def test_run_dir_that_holds_a_run_is_not_overwritten(good_flags, forbid_training, tmp_path, capsys):
