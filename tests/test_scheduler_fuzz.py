@@ -24,6 +24,8 @@ from openrlhf_sd.engine import scheduler as synchronous
 from openrlhf_sd.policy.cost_model import CostModel
 from openrlhf_sd.policy.model_constants import model_constants
 
+pytestmark = pytest.mark.slow
+
 FUZZ = settings(
     max_examples=60, stateful_step_count=25, deadline=None, derandomize=True, database=None, report_multiple_bugs=False
 )
