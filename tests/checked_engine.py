@@ -12,6 +12,7 @@ from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import RequestStatus
 
 from openrlhf_sd.config import SelfSpecConfig
+from openrlhf_sd.policy import acceptance_watch
 from openrlhf_sd.policy.controller import FixedController
 from openrlhf_sd.policy.observation import MeasuredStep, RolloutAcceptance, StepObservation
 
@@ -113,10 +114,18 @@ class CheckedEngine:
         self._check_state()
 
     def _step(self) -> None:
-        num_steps = self.runner.num_steps
+        num_steps, is_off = self.runner.num_steps, self.has_collapsed
         self.core.turn()
-        if isinstance(self.scheduler.controller, ToldController) and self.runner.num_steps > num_steps:
+        if self.runner.num_steps == num_steps:
+            return
+        if is_off:
+            assert self.runner.last_gamma == 0, "drafts after a collapse"
+        elif isinstance(self.scheduler.controller, ToldController):
             assert self.runner.last_gamma == self.scheduler.controller.last_gamma
+
+    @property
+    def has_collapsed(self) -> bool:
+        return self.scheduler._watch.cause is not None
 
     def _take_answers(self) -> None:
         before = self.acceptance
@@ -171,11 +180,14 @@ class CheckedEngine:
 
     def end_rollout(self) -> dict[str, Any]:
         """As the actor does after a weight broadcast. Returns the rollout's report."""
-        acceptance = self.acceptance
+        acceptance, has_collapsed = self.acceptance, self.has_collapsed
         report = json.loads(self.core.self_spec_end_rollout(*astuple(acceptance)), parse_constant=_not_finite)
         assert sum(row[-1] for row in report["timeline"]) == self.num_tokens
         assert sum(row[2] for row in report["timeline"]) == report["num_steps"]
         assert all(row[5] >= 0 for row in report["timeline"])
+        assert (report["collapse"] is not None) == has_collapsed and not self.has_collapsed
+        if has_collapsed:
+            assert acceptance.num_drafts >= acceptance_watch.WINDOW
         self.has_rollout_marks = True
         self._start_rollout()
         return report

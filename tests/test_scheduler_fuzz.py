@@ -13,7 +13,7 @@ import pytest
 from calibrations import CONFIG, TERMS
 from checked_engine import CheckedEngine, told
 from fake_engine import BLOCK_SIZE, WRONG, FakeRunner, Sizes, asynchronous, make_scheduler
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -21,13 +21,18 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.engine import scheduler as synchronous
+from openrlhf_sd.policy import acceptance_watch
 from openrlhf_sd.policy.cost_model import CostModel
 from openrlhf_sd.policy.model_constants import model_constants
 
-pytestmark = pytest.mark.slow
-
 FUZZ = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, derandomize=True, database=None, report_multiple_bugs=False
+    max_examples=150,
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    report_multiple_bugs=False,
+    phases=[Phase.generate],  # with Phase.shrink a failure takes minutes to be told, and is shorter
 )
 
 UP_TO_SIX = st.integers(0, 6)
@@ -85,7 +90,9 @@ class _Events(RuleBasedStateMachine):
         self.plan_steps(plan)
         self.engine.runner.num_right = tuple(num_right)
         for _ in range(num_turns):
+            had_collapsed = self.engine.has_collapsed
             self.engine.turn()
+            self.seen["collapses"] += self.engine.has_collapsed and not had_collapsed
 
     @precondition(lambda self: self.engine.unfinished)
     @rule(places=st.lists(st.integers(0, 20), min_size=1, max_size=3), while_executing=st.booleans())
@@ -192,7 +199,8 @@ class RealControllers(_Events):
 
 @pytest.mark.parametrize("events", [AnyGamma, RealControllers])
 @pytest.mark.parametrize("is_async", [False, True], ids=["synchronous", "asynchronous"])
-def test_every_request_gets_its_tokens_whatever_happens(events, is_async) -> None:
+def test_every_request_gets_its_tokens_whatever_happens(events, is_async, monkeypatch) -> None:
+    monkeypatch.setattr(acceptance_watch, "WINDOW", 32)  # so that some rollouts collapse and some do not
     seen: Counter[str] = Counter()
     run_state_machine_as_test(lambda: events(is_async, seen), settings=FUZZ)
     happened = {name for name, count in seen.items() if count}
@@ -205,7 +213,7 @@ def test_every_request_gets_its_tokens_whatever_happens(events, is_async) -> Non
         "preemptions",
         "steps passed over",
     }
-    assert happened == steps | {"aborts", "pauses", "syncs", "evaluations"}
+    assert happened == steps | {"aborts", "pauses", "syncs", "evaluations", "collapses"}
 
 
 class LosesAToken(FakeRunner):
