@@ -156,12 +156,17 @@ def _skipping_gamma_0(propose_draft_token_ids, device: torch.device):
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
 
+    from openrlhf_sd.cpu.memory import give_freed_memory_back
     from openrlhf_sd.engine import cpu_repairs
 
     class SelfSpecWorker(_SelfSpecWorking, CPUWorker):
         def init_device(self) -> None:
             cpu_repairs.install()
             super().init_device()
+
+        def self_spec_finish_sync(self) -> None:
+            super().self_spec_finish_sync()
+            give_freed_memory_back()
 
 else:
     from vllm.v1.worker.gpu_worker import Worker

@@ -10,6 +10,8 @@ import pytest
 import random_gamma
 import torch
 from engines import call, generate, greedy, self_spec_engine, token_prompts
+from trainer import Trainer
+from transformers import AutoModelForCausalLM
 
 from openrlhf_sd import SelfSpecConfig
 
@@ -33,31 +35,36 @@ def resident_bytes(name: str) -> int:
 
 
 def test_ten_thousand_requests(measured, warm_policy):
-    """The worker's resident memory is only shown: on the CPU it grows for minutes while oneDNN keeps a primitive for every number of
-    tokens that a step can have, and glibc's heap fragments; plain vLLM's grows likewise, with fewer numbers."""
+    """Four rollouts, a weight sync after each. Memory is looked at after the syncs, where the trainer has its turn."""
     prompts = [token_prompts(NUM_AT_ONCE, 23)[number % NUM_AT_ONCE] for number in range(NUM_REQUESTS)]
     config = SelfSpecConfig(mode="fixed", gamma=5, quant="w8a8")
     sizes = {"max_num_seqs": NUM_AT_ONCE, "kv_cache_memory_bytes": 512 << 20}
+    trainer_model = AutoModelForCausalLM.from_pretrained(warm_policy, dtype=torch.bfloat16)
     quarter = NUM_REQUESTS // 4
     with self_spec_engine(warm_policy, config, scheduler_cls=random_gamma.QUALNAME, **sizes) as llm:
         core = llm.llm_engine.engine_core
+        trainer = Trainer(llm)
         num_blocks = core.call_utility("test_num_free_blocks")
         started = time.monotonic()
         outputs, tensors, scheduler, worker = [], [], [], []
         for part in (slice(first, first + quarter) for first in range(0, NUM_REQUESTS, quarter)):
             outputs += generate(llm, prompts[part], [greedy(length) for length in LENGTHS[part]])
-            tensors.append(call(llm, live_tensor_bytes))
+            trainer.broadcast(trainer_model)
             scheduler.append(resident_bytes("VLLM::EngineCor"))
             worker.append(resident_bytes("VLLM::Worker"))
+            tensors.append(call(llm, live_tensor_bytes))  # last: it makes a list of everything
         seconds = time.monotonic() - started
         assert list(map(len, outputs)) == LENGTHS
         # The same prompt, however long its response and whatever ran beside it, begins with the same tokens: nothing was mixed up.
         longest = {prompt: max(outputs[prompt::NUM_AT_ONCE], key=len) for prompt in range(NUM_AT_ONCE)}
         num_other = sum(output != longest[number % NUM_AT_ONCE][: len(output)] for number, output in enumerate(outputs))
-        assert num_other <= NUM_REQUESTS // 1000, "more than near ties of bf16 explain (tests/engine/test_greedy.py met none in 64)"
+        assert num_other <= NUM_REQUESTS // 1000, (
+            "more than near ties of bf16 explain (tests/engine/test_greedy.py met none in 64)"
+        )
         assert core.call_utility("test_num_free_blocks") == num_blocks
         assert tensors[3] < 1.02 * tensors[1]
         assert scheduler[3] < 1.02 * scheduler[1]
+        assert worker[3] < 1.02 * worker[1]
     sizes = {"live tensors": tensors, "scheduler": scheduler, "worker": worker}
     shown = ", ".join(f"{name} {values[1] / 2**20:.1f} -> {values[3] / 2**20:.1f}" for name, values in sizes.items())
     measured(
