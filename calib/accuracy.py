@@ -112,9 +112,7 @@ def r_squared(measured, predicted) -> float | None:
     return float(1 - np.sum((measured - predicted) ** 2) / total) if total > 0 else None
 
 
-def toggle_accuracy(
-    pairs: Sequence[Pair], margin: float = DEFAULT_MARGIN, acceptances: Sequence[float] = ACCEPTANCES
-) -> ToggleAccuracy:
+def toggle_accuracy(pairs: Sequence[Pair], margin: float = DEFAULT_MARGIN, acceptances: Sequence[float] = ACCEPTANCES) -> ToggleAccuracy:
     """Do predicted and measured speed-up lie on the same side of 1 + margin? Over all cycles whose target step is in `pairs` too."""
     right, near = [], []
     for target, cycle in cycles_with_targets(pairs):

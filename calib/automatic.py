@@ -78,7 +78,9 @@ def calibrate_this_machine(model: str | Path, quant: str, tensor_parallel_size: 
             _say(f"calibration measured here before: {path} (delete it to measure again)")
             return path
         sweep_path = folder / f"{key}-{Path(model).resolve().name}.csv"
-        _say(f"no calibration for this machine and model yet; measuring, once: a minute for a small model, many for a large one on a CPU ({sweep_path})")
+        _say(
+            f"no calibration for this machine and model yet; measuring, once: a minute for a small model, many for a large one on a CPU ({sweep_path})"
+        )
         _sweep(model, quant, tensor_parallel_size, logprobs, sweep_path)
         _fit(sweep_path, config, identity).save(path)
         _say(f"calibration measured: {path}")
@@ -184,9 +186,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name of the policy")
     parser.add_argument("--logprobs", type=number(int, 0, 20), default=0, metavar="N", help="as in calib.sweep (default: 0)")
     parser.add_argument("--quant", choices=QUANT_SCHEMES, help="drafter weights (default: w8a8 on a CPU, w4 on a GPU)")
-    parser.add_argument(
-        "--tensor-parallel-size", type=number(int, 1, 64), default=1, metavar="N", help="GPUs of an engine (default: 1)"
-    )
+    parser.add_argument("--tensor-parallel-size", type=number(int, 1, 64), default=1, metavar="N", help="GPUs of an engine (default: 1)")
     return parser
 
 

@@ -41,9 +41,7 @@ def free_bytes(tensor_parallel_size: int) -> int:
     result = subprocess.run([*command, *(["-i", visible] if visible else [])], capture_output=True, text=True)
     mebibytes = [int(line) for line in result.stdout.splitlines() if line.strip().isdecimal()]
     if len(mebibytes) < tensor_parallel_size:
-        raise SelfSpecError(
-            f"--tensor-parallel-size: {tensor_parallel_size} is more than the {len(mebibytes)} GPUs that nvidia-smi shows"
-        )
+        raise SelfSpecError(f"--tensor-parallel-size: {tensor_parallel_size} is more than the {len(mebibytes)} GPUs that nvidia-smi shows")
     return min(mebibytes[:tensor_parallel_size]) << 20
 
 

@@ -83,9 +83,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--calibration", required=True, metavar="CAL.json", help="written by calib.fit or calib.transfer")
     parser.add_argument("--batch", required=True, type=number(int, 1, math.inf), metavar="N", help="decoding requests")
     parser.add_argument("--seq", required=True, type=number(int, 1, math.inf), metavar="N", help="mean tokens in context")
-    parser.add_argument(
-        "--gamma", required=True, type=number(int, 1, MAX_GAMMA), metavar="N", help="draft tokens per request and cycle"
-    )
+    parser.add_argument("--gamma", required=True, type=number(int, 1, MAX_GAMMA), metavar="N", help="draft tokens per request and cycle")
     parser.add_argument(
         "--acceptance", required=True, type=number(float, 0, 1), metavar="A", help="probability that a draft token is accepted"
     )

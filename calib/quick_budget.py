@@ -33,9 +33,7 @@ class StepEstimate:
             return first_s
         if num_tokens >= last_tokens:
             return last_s * num_tokens / last_tokens
-        (left, left_s), (right, right_s) = next(
-            pair for pair in itertools.pairwise(self._points) if pair[0][0] <= num_tokens <= pair[1][0]
-        )
+        (left, left_s), (right, right_s) = next(pair for pair in itertools.pairwise(self._points) if pair[0][0] <= num_tokens <= pair[1][0])
         return left_s + (right_s - left_s) * (num_tokens - left) / (right - left)
 
     def cell_s(self, cell: Cell) -> float:

@@ -91,9 +91,7 @@ def simulate_cells(models: Sequence[Model], cells: Sequence[Cell], args: Any) ->
     with ProcessPoolExecutor(args.jobs) as pool, Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("simulating cells", total=len(cells) * args.seeds)
         futures = {
-            pool.submit(_simulate, models[cell.model], cell, seed, args.noise): (cell, seed)
-            for cell in cells
-            for seed in range(args.seeds)
+            pool.submit(_simulate, models[cell.model], cell, seed, args.noise): (cell, seed) for cell in cells for seed in range(args.seeds)
         }
         for future in as_completed(futures):
             cell, seed = futures[future]

@@ -142,9 +142,7 @@ def planned_cells(args: Any, on_gpu: bool, max_positions: int) -> list[Cell]:
     return sweep_plan.capped(sweep_plan.grid(batches, contexts, gammas), max_positions)
 
 
-def cells_in_memory(
-    cells: Sequence[Cell], constants: ModelConstants, setting: Setting, is_asked_for: bool, console: Any
-) -> list[Cell]:
+def cells_in_memory(cells: Sequence[Cell], constants: ModelConstants, setting: Setting, is_asked_for: bool, console: Any) -> list[Cell]:
     """Cells of the default grids that memory does not allow are left out, and said so.
 
     Raises:
@@ -185,9 +183,7 @@ def measured_points(out: Path, setting: Setting) -> set[tuple[int, int, int]]:
     for field in dataclasses.fields(setting):
         theirs, ours = getattr(rows[0], field.name), getattr(setting, field.name)
         if theirs != ours:
-            raise SelfSpecError(
-                f"--out: {out} is a sweep with {field.name} {theirs!r}, this one has {ours!r}; name another file"
-            )
+            raise SelfSpecError(f"--out: {out} is a sweep with {field.name} {theirs!r}, this one has {ours!r}; name another file")
     return {(row.batch, row.context, row.gamma) for row in rows}
 
 
@@ -256,9 +252,7 @@ def measure(
         )
 
 
-def cells_in_time(
-    cells: Sequence[Cell], step_seconds: dict[int, float], done: set[tuple[int, int, int]], console: Any
-) -> list[Cell]:
+def cells_in_time(cells: Sequence[Cell], step_seconds: dict[int, float], done: set[tuple[int, int, int]], console: Any) -> list[Cell]:
     """The quick plan, made cheaper where this machine is slow for the model, and that said. Points that are in `done` go."""
     estimate = StepEstimate(step_seconds)
     fitting = within_budget(cells, QUICK_BUDGET_S, estimate)
@@ -306,9 +300,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name of the policy")
     parser.add_argument("--out", required=True, type=Path, metavar="S.csv", help="written row by row; continued if it is there")
     parser.add_argument("--quant", choices=QUANT_SCHEMES, help="drafter weights (default: w8a8 on a CPU, w4 on a GPU)")
-    parser.add_argument(
-        "--tensor-parallel-size", type=number(int, 1, 64), default=1, metavar="N", help="GPUs of an engine (default: 1)"
-    )
+    parser.add_argument("--tensor-parallel-size", type=number(int, 1, 64), default=1, metavar="N", help="GPUs of an engine (default: 1)")
     for flag, kind, what in (
         ("--batches", count, "decoding requests (default: up to 16 on a CPU, 64 on a GPU)"),
         ("--seqs", count, "tokens in context (default: up to 512 on a CPU, 4096 on a GPU)"),
@@ -319,7 +311,11 @@ def _parser() -> CommandParser:
         "--logprobs", type=number(int, 0, 20), default=0, metavar="N",
         help="per sampled token; a rollout has 1 where OpenRLHF corrects for importance sampling (default: 0)",
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="24 points that a quick fit needs, instead of the three above; fewer and shorter where that would take over two minutes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="24 points that a quick fit needs, instead of the three above; fewer and shorter where that would take over two minutes",
+    )
     return parser
 
 

@@ -130,15 +130,14 @@ def check_fits(cells: Sequence[Cell], max_positions: int) -> None:
             largest = _largest_context(cell, max_positions)
             raise SelfSpecError(
                 f"--seqs: {cell.context} at batch {cell.batch} grows to {cell.request_tokens} tokens while it is measured "
-                f"and the model has {max_positions} positions; " + (f"give at most {largest}" if largest else "give smaller --gammas or --batches")
+                f"and the model has {max_positions} positions; "
+                + (f"give at most {largest}" if largest else "give smaller --gammas or --batches")
             )
 
 
 def grid(batches: Iterable[int], contexts: Iterable[int], gammas: Sequence[int]) -> list[Cell]:
     """Every batch at every context, each number once, rising."""
-    return [
-        Cell(batch, context, tuple(sorted(set(gammas)))) for batch in sorted(set(batches)) for context in sorted(set(contexts))
-    ]
+    return [Cell(batch, context, tuple(sorted(set(gammas)))) for batch in sorted(set(batches)) for context in sorted(set(contexts))]
 
 
 def capped(cells: Iterable[Cell], max_positions: int) -> list[Cell]:

@@ -48,9 +48,7 @@ class TakingTurns:
             plain, self_spec = self._turn(cell, sweep_plan.next_script(cell, sweep_plan.blocks(cell.gammas)), None)
             seconds[cell.batch] = statistics.median(step.step_s for step in plain)
             for gamma in {step.gamma_verified for step in self_spec if step.gamma_verified and not step.gamma_drafted}:
-                verify_s = statistics.median(
-                    step.step_s for step in self_spec if (step.gamma_verified, step.gamma_drafted) == (gamma, 0)
-                )
+                verify_s = statistics.median(step.step_s for step in self_spec if (step.gamma_verified, step.gamma_drafted) == (gamma, 0))
                 seconds[cell.batch * (gamma + 1)] = verify_s
         return seconds
 
@@ -84,9 +82,7 @@ class TakingTurns:
             )
         return times
 
-    def _turn(
-        self, cell: Cell, script: list[int], context_so_far: float | None
-    ) -> tuple[list[TimedStep], list[TimedStep]]:
+    def _turn(self, cell: Cell, script: list[int], context_so_far: float | None) -> tuple[list[TimedStep], list[TimedStep]]:
         expected_growth = self._growth_share * sweep_plan.max_growth(script)
         time.sleep(SETTLE_S)
         self_spec = self._self_spec.measure(sweep_plan.bout(cell, script, expected_growth, context_so_far))

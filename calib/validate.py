@@ -94,8 +94,7 @@ def _score_held_out(calibration: Calibration, sweep: Sweep, left_out: set[tuple[
     toggle = toggle_accuracy(known_targets + held_out_cycles, margin)
     return {
         "scores": {
-            kind: {"mape": scores.mape[kind], "r2": scores.r_squared[kind], "num_scored": scores.num_scored[kind]}
-            for kind in scores.mape
+            kind: {"mape": scores.mape[kind], "r2": scores.r_squared[kind], "num_scored": scores.num_scored[kind]} for kind in scores.mape
         },
         "toggle": dataclasses.asdict(toggle),
     }

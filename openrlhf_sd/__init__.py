@@ -1,6 +1,6 @@
 """Lossless self-speculation for OpenRLHF rollouts on stock OpenRLHF and vLLM.
 
-    from openrlhf_sd import SelfSpecConfig, engine_args
+from openrlhf_sd import SelfSpecConfig, engine_args
 """
 
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError

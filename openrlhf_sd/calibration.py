@@ -93,9 +93,7 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         provenance = dataclasses.asdict(self.provenance)
         provenance["argv"] = list(self.provenance.argv)
-        provenance["fitted_points"] = {
-            ",".join(map(str, point)): digest for point, digest in sorted(self.provenance.fitted_points.items())
-        }
+        provenance["fitted_points"] = {",".join(map(str, point)): digest for point, digest in sorted(self.provenance.fitted_points.items())}
         return {
             "format": FORMAT,
             "kind": self.kind,
@@ -127,9 +125,7 @@ def load(path: str | Path) -> Calibration:
     except OSError as error:
         raise SelfSpecError(f"{path}: cannot be read ({error.strerror}); make a calibration: {MAKE_ONE}") from error
     except json.JSONDecodeError as error:
-        raise SelfSpecError(
-            f"{path}: no calibration: line {error.lineno} is not JSON ({error.msg}); make one: {MAKE_ONE}"
-        ) from error
+        raise SelfSpecError(f"{path}: no calibration: line {error.lineno} is not JSON ({error.msg}); make one: {MAKE_ONE}") from error
     except UnicodeDecodeError as error:
         raise SelfSpecError(f"{path}: no calibration: not a text file; make one: {MAKE_ONE}") from error
     except SelfSpecError as error:
@@ -138,9 +134,7 @@ def load(path: str | Path) -> Calibration:
         raise SelfSpecError(f"{path}: no calibration: {error}; make one: {MAKE_ONE}") from error
 
 
-def check_matches(
-    calibration: Calibration, *, device: str, model_config: Mapping[str, Any], quant: str, tensor_parallel_size: int
-) -> None:
+def check_matches(calibration: Calibration, *, device: str, model_config: Mapping[str, Any], quant: str, tensor_parallel_size: int) -> None:
     """Is it for this machine, model and drafter?
 
     Args:
@@ -151,9 +145,7 @@ def check_matches(
         SelfSpecError: it is not; the message says in what, and how to make the right one.
     """
     flag = "--self-spec.calibration"
-    _require(
-        calibration.device == device, flag, f"was measured on {calibration.device}, this is {device}; measure here: {MAKE_ONE}"
-    )
+    _require(calibration.device == device, flag, f"was measured on {calibration.device}, this is {device}; measure here: {MAKE_ONE}")
     _require(
         calibration.quant == quant,
         flag,
@@ -205,9 +197,7 @@ def _cost_model(values: dict[str, Any]) -> CostModel:
     except (TypeError, ValueError, AttributeError) as error:
         raise SelfSpecError(f"cost_model: {error}; make the file anew") from error
     # An unknown key that from_dict passed over, or a value that it bent, shows here.
-    _require(
-        json.loads(json.dumps(cost_model.to_dict())) == values, "cost_model", "has unknown or altered keys; make the file anew"
-    )
+    _require(json.loads(json.dumps(cost_model.to_dict())) == values, "cost_model", "has unknown or altered keys; make the file anew")
     return cost_model
 
 

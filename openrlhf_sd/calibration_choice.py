@@ -44,9 +44,7 @@ def choose_calibration(config: SelfSpecConfig, model: str, tensor_parallel_size:
     return calibration_of_file(config, device_name(), read_model_config(model), tensor_parallel_size)
 
 
-def calibration_of_file(
-    config: SelfSpecConfig, device: str, model_config: Mapping[str, Any], tensor_parallel_size: int
-) -> Calibration:
+def calibration_of_file(config: SelfSpecConfig, device: str, model_config: Mapping[str, Any], tensor_parallel_size: int) -> Calibration:
     """The file that `--self-spec.calibration` names. Raises SelfSpecError when it is bad or for something else."""
     try:
         chosen = calibration_file.load(config.calibration)

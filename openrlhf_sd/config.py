@@ -136,9 +136,7 @@ class SelfSpecConfig:
             "--self-spec.gamma",
             f"{self.gamma} is not a rung of --self-spec.ladder {','.join(map(str, rungs))}; start on one of its rungs",
         )
-        _require(
-            1 <= self.gamma_max <= MAX_GAMMA, "--self-spec.gamma_max", f"{self.gamma_max} is out of range; give 1..{MAX_GAMMA}"
-        )
+        _require(1 <= self.gamma_max <= MAX_GAMMA, "--self-spec.gamma_max", f"{self.gamma_max} is out of range; give 1..{MAX_GAMMA}")
         _require(
             self.calibration != "none" or self.mode not in ("toggle", "adaptive"),
             "--self-spec.calibration",
@@ -165,7 +163,7 @@ class SelfSpecConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SelfSpecConfig":
+    def from_dict(cls, values: dict[str, Any]) -> SelfSpecConfig:
         """Inverse of `to_dict`, also after a trip through JSON. Raises SelfSpecError on an unknown key."""
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)

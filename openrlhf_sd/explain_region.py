@@ -160,9 +160,7 @@ def _with_bandwidth_of(calibration: Calibration, source: Gpu, device: str) -> tu
     return dataclasses.replace(calibration, device=device, cost_model=dataclasses.replace(costs, terms=terms)), ratio
 
 
-def predict_region(
-    config: SelfSpecConfig, times: StepTimes, requests_at_once: int, longest_tokens: int, kv_tokens: int
-) -> Region:
+def predict_region(config: SelfSpecConfig, times: StepTimes, requests_at_once: int, longest_tokens: int, kv_tokens: int) -> Region:
     """Args:
     requests_at_once, longest_tokens: the largest batch and context asked about.
     """
@@ -177,9 +175,7 @@ def predict_region(
             cells.append(Cell(batch, context, gamma, gain, pays, fits=batch * context <= kv_tokens))
     acceptances = (None, *ACCEPTANCES) if config.mode in ("toggle", "adaptive") else ACCEPTANCES
     switch_on = tuple(
-        _switch_on(config, costs, range(requests_at_once, 0, -1), context, acceptance)
-        for acceptance in acceptances
-        for context in contexts
+        _switch_on(config, costs, range(requests_at_once, 0, -1), context, acceptance) for acceptance in acceptances for context in contexts
     )
     return Region(times.origin, times.role, _measured_range(times.calibration), tuple(cells), switch_on)
 
@@ -209,9 +205,7 @@ def _gain(costs: StepCosts, batch: int, context: int, gamma: int, acceptance: fl
     return float(speedup(costs, batch, context, gamma, geometric_acceptance_length(acceptance, gamma)))
 
 
-def _switch_on(
-    config: SelfSpecConfig, costs: StepCosts, batches: Iterable[int], context: int, acceptance: float | None
-) -> SwitchOn:
+def _switch_on(config: SelfSpecConfig, costs: StepCosts, batches: Iterable[int], context: int, acceptance: float | None) -> SwitchOn:
     for batch in batches:
         gamma, pays = decide(config, costs, batch, context, acceptance)
         if pays:

@@ -122,8 +122,7 @@ def our_help() -> str:
         MODE_FLAG,
         nargs="?",
         metavar="{" + ",".join(MODES) + "}",
-        help="Speculate with a quantized copy of the policy. "
-        f"Without a value it means {DEFAULT_MODE}; absent, this is vanilla OpenRLHF.",
+        help=f"Speculate with a quantized copy of the policy. Without a value it means {DEFAULT_MODE}; absent, this is vanilla OpenRLHF.",
     )
     for name, f in FIELDS.items():
         default = getattr(defaults, name)

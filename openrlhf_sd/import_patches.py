@@ -24,9 +24,7 @@ class _PatchingFinder:
     def __init__(self) -> None:
         self.patches: dict[str, ModulePatch] = {}
 
-    def find_spec(
-        self, name: str, path: object = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
         patch = self.patches.get(name)
         if patch is None:
             return None

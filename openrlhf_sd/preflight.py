@@ -228,18 +228,13 @@ def _cpu_trainer(flags: dict[str, Any]) -> Problems:
 
 def _cpu_engines(flags: dict[str, Any]) -> Problems:
     if flags["vllm.sync_with_ray"]:
-        yield SelfSpecError(
-            "--vllm.sync_with_ray: vLLM's CPU worker is no Ray actor, Ray cannot send it weights; drop it"
-        )
+        yield SelfSpecError("--vllm.sync_with_ray: vLLM's CPU worker is no Ray actor, Ray cannot send it weights; drop it")
     if flags["vllm.tensor_parallel_size"] > 1:
         yield SelfSpecError(
-            "--vllm.tensor_parallel_size: one engine uses the cores of this machine already; "
-            "use 1, or more --vllm.num_engines"
+            "--vllm.tensor_parallel_size: one engine uses the cores of this machine already; use 1, or more --vllm.num_engines"
         )
     if flags["train.colocate_all"] and flags["vllm.sync_backend"] == "nccl":
-        yield SelfSpecError(
-            "--train.colocate_all: hands weights over by CUDA IPC and there is no GPU; add --vllm.sync_backend gloo"
-        )
+        yield SelfSpecError("--train.colocate_all: hands weights over by CUDA IPC and there is no GPU; add --vllm.sync_backend gloo")
 
 
 def read_model_config(model: str | None) -> dict[str, Any] | None:
@@ -270,9 +265,7 @@ def load_model_config(path: Path) -> dict[str, Any]:
 
 def _inputs(flags: dict[str, Any]) -> Problems:
     if not (flags["reward.remote_url"] or flags["reward.model_name_or_path"] or flags["train.agent_func_path"]):
-        yield SelfSpecError(
-            "--reward.remote_url: missing; give a .py file with a reward_func, or --reward.model_name_or_path"
-        )
+        yield SelfSpecError("--reward.remote_url: missing; give a .py file with a reward_func, or --reward.model_name_or_path")
     for name in ("reward.remote_url", "train.agent_func_path"):
         path = flags[name]
         if path is not None and path.endswith(".py") and not Path(path).is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from openrlhf_sd.report_arms import Arm
@@ -77,4 +77,4 @@ def _joined(names: Any) -> str | None:
 def _utc(unix_s: Any) -> str | None:
     if not isinstance(unix_s, (int, float)):
         return None
-    return datetime.fromtimestamp(unix_s, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")

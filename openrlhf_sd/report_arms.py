@@ -71,9 +71,7 @@ def _labels(runs: list[RunRecords]) -> list[str]:
             parts.append(str(self_spec["quant"]))
         labels.append(" ".join(parts))
     named = [f"{label} ({run.run_dir.name})" if labels.count(label) > 1 else label for label, run in zip(labels, runs)]
-    return [
-        f"{label} ({run.run_dir})" if named.count(name) > 1 else name for label, name, run in zip(labels, named, runs)
-    ]
+    return [f"{label} ({run.run_dir})" if named.count(name) > 1 else name for label, name, run in zip(labels, named, runs)]
 
 
 def pair_by_seed(arm: Arm, base: Arm) -> Pairing:

@@ -61,9 +61,7 @@ def length_controlled(pairing: Pairing, common_steps: Sequence[Sequence[int]]) -
     Args:
         common_steps: for each pair of `pairing`, the global steps that all its runs logged and that count.
     """
-    rollouts = [
-        (_rollouts(runs, steps), _rollouts(bases, steps)) for (runs, bases), steps in zip(pairing.pairs, common_steps)
-    ]
+    rollouts = [(_rollouts(runs, steps), _rollouts(bases, steps)) for (runs, bases), steps in zip(pairing.pairs, common_steps)]
     if any(any(map(_timed, run)) and any(map(_timed, base)) for run, base in rollouts):
         return _by_timeline(rollouts)
     lacking = [

@@ -148,12 +148,8 @@ def _table(sections: list[Section], labels: list[str]) -> str:
         if section:
             rows.append(f"<tr class=section><th colspan={len(labels) + 1} scope=rowgroup>{escape(title)}</th></tr>")
         for name, cells in section:
-            rows.append(
-                f"<tr><th scope=row>{escape(name)}</th>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
-            )
-    return (
-        f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+            rows.append(f"<tr><th scope=row>{escape(name)}</th>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>")
+    return f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
 
 
 def _figure(plot: Plot) -> str:

@@ -90,9 +90,7 @@ def _acceptance_and_gamma(arms: list[Arm]) -> Plot | None:
     lower.set_ylabel("γ [draft tokens]")
     lower.set_ylim(bottom=0)
     step_axis(lower, "training step")
-    return finish(
-        figure, upper, "Acceptance and γ per rollout", "Pooled over engines; γ is the mean over the steps that drafted."
-    )
+    return finish(figure, upper, "Acceptance and γ per rollout", "Pooled over engines; γ is the mean over the steps that drafted.")
 
 
 def _acceptance_by_position(comparison: Comparison) -> Plot | None:
@@ -104,13 +102,9 @@ def _acceptance_by_position(comparison: Comparison) -> Plot | None:
     for slot, (index, arm) in enumerate(drafting):
         bars = [(pos, rate) for pos, rate in enumerate(arm.acceptance_rate_by_pos) if rate is not None]
         places = [pos + 1 + (slot - (len(drafting) - 1) / 2) * width for pos, _ in bars]
-        axes.bar(
-            places, [rate for _, rate in bars], width * 0.92, color=look(index)["color"], label=legend_text(arm.label)
-        )
+        axes.bar(places, [rate for _, rate in bars], width * 0.92, color=look(index)["color"], label=legend_text(arm.label))
     axes.set_ylim(0, 1)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("accepted / drafts that\nreached the position")
     step_axis(axes, "draft position")
-    return finish(
-        figure, axes, "Acceptance by draft position", "A position counts as accepted only if all before it were."
-    )
+    return finish(figure, axes, "Acceptance by draft position", "A position counts as accepted only if all before it were.")

@@ -106,8 +106,7 @@ def summarize(arm: Arm, num_warmup_steps: int) -> ArmSummary:
     for run in arm.runs:
         if run.has_records and not timed_steps(run, num_warmup_steps):
             raise SelfSpecError(
-                f"{run.run_dir}: no step left after {num_warmup_steps} warm-up step(s); "
-                "let it run longer or lower --warmup-steps"
+                f"{run.run_dir}: no step left after {num_warmup_steps} warm-up step(s); let it run longer or lower --warmup-steps"
             )
 
     def timed(by_step_of_run: list[dict[int, Any]]) -> list[list[Any]]:
@@ -132,10 +131,7 @@ def summarize(arm: Arm, num_warmup_steps: int) -> ArmSummary:
         notes=[note if len(arm.runs) == 1 else f"{run.run_dir.name}: {note}" for run in arm.runs for note in run.notes],
         num_steps_by_run=[len(timed_steps(run, 0)) for run in arm.runs],
         warmup_rollout_s=[
-            value
-            for run in arm.runs
-            for step, value in run.scalar(ROLLOUT_S).items()
-            if step in timed_steps(run, 0)[:num_warmup_steps]
+            value for run in arm.runs for step, value in run.scalar(ROLLOUT_S).items() if step in timed_steps(run, 0)[:num_warmup_steps]
         ],
         rollout_s=spread(_flat(rollout_s)),
         median_rollout_s_by_run=[_median(values) for values in rollout_s],
@@ -167,8 +163,7 @@ def _acceptance(totals: list[RolloutTotals]) -> dict[str, Any]:
         "acceptance_rate": acceptance_rate(num_accepted_tokens, num_draft_tokens),
         "mean_acceptance_length": mean_acceptance_length(num_accepted_tokens, num_drafts),
         "acceptance_rate_by_pos": [
-            weighted_mean([(_at(t.acceptance_rate_by_pos, i), _at(t.num_drafts_by_pos, i)) for t in totals])
-            for i in range(num_positions)
+            weighted_mean([(_at(t.acceptance_rate_by_pos, i), _at(t.num_drafts_by_pos, i)) for t in totals]) for i in range(num_positions)
         ],
     }
 

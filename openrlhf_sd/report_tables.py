@@ -141,8 +141,7 @@ def _by_batch(comparison: Comparison) -> Section | None:
         return f"{own} / {of_baseline} · {percent(bin.baseline_share)}"
 
     rows = [
-        (f"{low} to {2 * low - 1} active" if low > 1 else "1 active", [cell(arm.label, low) for arm in comparison.arms])
-        for low in lows
+        (f"{low} to {2 * low - 1} active" if low > 1 else "1 active", [cell(arm.label, low) for arm in comparison.arms]) for low in lows
     ]
     return "Engine milliseconds per token by active batch: arm / baseline · share of the baseline's tokens", rows
 

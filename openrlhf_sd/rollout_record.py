@@ -51,7 +51,7 @@ class RolloutRecord:
     def response_logged(self, logs: dict[str, float]) -> None:
         self._response_logs.append(logs)
 
-    def next(self) -> "RolloutRecord":
+    def next(self) -> RolloutRecord:
         """The record of the rollout after this one. Requests in flight across the boundary (partial rollouts) move over."""
         following = RolloutRecord(acceptance_before=self.counts if self.counts.num_drafts else self.acceptance_before)
         following._num_in_flight = self._num_in_flight

@@ -113,9 +113,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise SelfSpecError(
-            f"{path}: missing, so this is no run folder; give a folder written with --self-spec.run_dir"
-        )
+        raise SelfSpecError(f"{path}: missing, so this is no run folder; give a folder written with --self-spec.run_dir")
     config = _read_json(path)
     for key, kinds in (("arm", str), ("self_spec", (dict, type(None))), ("openrlhf", dict)):
         if key not in config or not isinstance(config[key], kinds):
@@ -161,13 +159,9 @@ def _read_scalars(folder: Path, notes: list[str]) -> dict[str, dict[int, float]]
                     repeated_steps.add(event.step)
                 by_step[event.step] = max(by_step.get(event.step, (0.0, 0.0)), (event.wall_time, event.value))
     if repeated_steps:
-        notes.append(
-            f"{len(repeated_steps)} step(s) were logged more than once (a resumed run?): the latest value counts"
-        )
+        notes.append(f"{len(repeated_steps)} step(s) were logged more than once (a resumed run?): the latest value counts")
     if num_not_finite:
-        notes.append(
-            f"{num_not_finite} logged value(s) were NaN or infinite and are left out: the training may have diverged"
-        )
+        notes.append(f"{num_not_finite} logged value(s) were NaN or infinite and are left out: the training may have diverged")
     scalars = {tag: {step: by_step[step][1] for step in sorted(by_step)} for tag, by_step in latest.items() if by_step}
     steps = list(scalars.get(ROLLOUT_S, ()))
     if steps and len(steps) != steps[-1] - steps[0] + 1:

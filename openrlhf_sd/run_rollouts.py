@@ -188,8 +188,7 @@ def _pool_engines(rows: list[dict[str, Any]]) -> RolloutTotals:
         num_draft_tokens=total("rollout/sd/num_draft_tokens"),
         num_accepted_tokens=total("rollout/sd/num_accepted_tokens"),
         acceptance_rate_by_pos=tuple(
-            weighted_mean([(row.get(f"{POSITION_KEY}{i}"), row.get(f"{NUM_DRAFTS_KEY}{i}")) for row in rows])
-            for i in range(num_positions)
+            weighted_mean([(row.get(f"{POSITION_KEY}{i}"), row.get(f"{NUM_DRAFTS_KEY}{i}")) for row in rows]) for i in range(num_positions)
         ),
         num_drafts_by_pos=tuple(total(f"{NUM_DRAFTS_KEY}{i}") or 0 for i in range(num_positions)),
     )

@@ -53,8 +53,10 @@ def _self_spec_class(base: type) -> type:
             self._resumed = True
             state = self._states.load(self._engine)
             if state is None:
-                print(f"self-speculation: engine {self._engine} finds no controller state for step {self._states.global_step} in "
-                      f"{self._states.folder}; it learns acceptance anew")
+                print(
+                    f"self-speculation: engine {self._engine} finds no controller state for step {self._states.global_step} in "
+                    f"{self._states.folder}; it learns acceptance anew"
+                )
             else:
                 await self._call_core("self_spec_restore", json.dumps(state))
 
@@ -181,9 +183,7 @@ def _require_logprobs(completion: Any, sampling_params: Any) -> None:
     missing = [
         position
         for position, token_id in enumerate(completion.token_ids)
-        if position >= len(logprobs)
-        or token_id not in logprobs[position]
-        or not math.isfinite(logprobs[position][token_id].logprob)
+        if position >= len(logprobs) or token_id not in logprobs[position] or not math.isfinite(logprobs[position][token_id].logprob)
     ]
     if missing:
         raise RuntimeError(

@@ -61,10 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     missing = missing_for_compilation()
     if missing:
-        print(
-            f"note: {missing} not found: vLLM can run, but only with enforce_eager "
-            "(Debian, Ubuntu: apt-get install g++ python3-dev)"
-        )
+        print(f"note: {missing} not found: vLLM can run, but only with enforce_eager (Debian, Ubuntu: apt-get install g++ python3-dev)")
     return 0
 
 

@@ -70,9 +70,7 @@ def setup(venv: Path, need_gpu: bool, dry_run: bool) -> Path:
     if exists:
         base = str(python)
         if python_version(base) not in setup_choice.PYTHONS:
-            raise SelfSpecError(
-                f"{venv}: {setup_choice.unsupported_python(python_version(base))} (or name another --venv)"
-            )
+            raise SelfSpecError(f"{venv}: {setup_choice.unsupported_python(python_version(base))} (or name another --venv)")
     else:
         names = ("python%d.%d" % version for version in setup_choice.PYTHONS)
         # Every place on the path: the first one may be a version manager's shim that does not run.
@@ -155,8 +153,7 @@ def check_machine(stack: str, venv: Path) -> None:
             ctypes.CDLL("libnuma.so.1")
         except OSError:
             raise SelfSpecError(
-                "vLLM for the CPU needs the system library libnuma.so.1; install it "
-                "(Debian, Ubuntu: apt-get install libnuma1)"
+                "vLLM for the CPU needs the system library libnuma.so.1; install it (Debian, Ubuntu: apt-get install libnuma1)"
             ) from None
 
 

@@ -174,9 +174,7 @@ def _inputs(args: argparse.Namespace) -> tuple[Trace | None, RolloutInputs, int,
     return None, inputs, args.batch, args.rollouts
 
 
-def _policies(
-    args: argparse.Namespace, policy_flags: Sequence[str], trace: Trace | None
-) -> list[tuple[str, SelfSpecConfig | None]]:
+def _policies(args: argparse.Namespace, policy_flags: Sequence[str], trace: Trace | None) -> list[tuple[str, SelfSpecConfig | None]]:
     if args.policy is None:
         if trace.policy is None:
             raise SelfSpecError(f"--policy: {args.trace} has no readable config.json beside it that says what ran; name a policy")
@@ -231,10 +229,7 @@ def _costs_and_times(args: argparse.Namespace, max_batch: int, needs_costs: bool
 def _replay(trace: Trace, times: StepTimes, name: str, by_seed: list[dict[str, list[RolloutResult]]]) -> dict[str, Any]:
     predicted_s = [
         [
-            max(
-                engine.seconds + times.prefill_s(tokens)
-                for engine, tokens in zip(result.engines, rollout.num_prompt_tokens, strict=True)
-            )
+            max(engine.seconds + times.prefill_s(tokens) for engine, tokens in zip(result.engines, rollout.num_prompt_tokens, strict=True))
             for result, rollout in zip(results[name], trace.rollouts, strict=True)
         ]
         for results in by_seed

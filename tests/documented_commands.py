@@ -79,9 +79,7 @@ def _lines(block: Token) -> Iterator[tuple[str, str]]:
         if not code.strip() or ASSIGNMENT.fullmatch(code):
             continue
         if not _starts_program(code):
-            raise ValueError(
-                f"{code.strip()!r} is no known command: add its program in {__file__}, or make its block one of `text`"
-            )
+            raise ValueError(f"{code.strip()!r} is no known command: add its program in {__file__}, or make its block one of `text`")
         if here := HERE_DOCUMENT.search(code):
             body = []
             while not body or body[-1] != here[1]:

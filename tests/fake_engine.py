@@ -123,9 +123,7 @@ def make_scheduler(scheduler_class: type, config: SelfSpecConfig, sizes: Sizes, 
     vllm_config.cache_config.block_size = BLOCK_SIZE
     vllm_config.cache_config.num_gpu_blocks = sizes.num_blocks
     vllm_config.cache_config.enable_prefix_caching = sizes.prefix_caching
-    group = KVCacheGroupSpec(
-        ["layer"], FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.bfloat16)
-    )
+    group = KVCacheGroupSpec(["layer"], FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.bfloat16))
     return scheduler_class(
         vllm_config,
         KVCacheConfig(sizes.num_blocks, kv_cache_tensors=[], kv_cache_groups=[group]),
@@ -205,9 +203,7 @@ class FakeRunner:
             if request_id in self._batch and request_id not in cached.resumed_req_ids:
                 # Asynchronous scheduling counts drafts as accepted whose verification it does not know yet.
                 ahead = num_computed - row.num_computed
-                assert ahead == 0 or (self._is_async and ahead == row.num_rejected), (
-                    "scheduler and worker disagree on what is computed"
-                )
+                assert ahead == 0 or (self._is_async and ahead == row.num_rejected), "scheduler and worker disagree on what is computed"
             else:
                 self.seen["steps passed over"] += request_id not in cached.resumed_req_ids
                 known = cached.all_token_ids[request_id]

@@ -109,9 +109,7 @@ def test_wrong_decisions_fail_even_where_times_are_within_their_thresholds(tmp_p
 def test_contaminated_times_are_scored_apart_and_do_not_decide_unless_asked_to(tmp_path, capsys):
     # one draft step of a long context in a third of its time: a step does not get faster with its context
     rows = [
-        dataclasses.replace(row, draft_step_s=row.draft_step_s / 3)
-        if (row.batch, row.context, row.gamma) == (8, 4096, 7)
-        else row
+        dataclasses.replace(row, draft_step_s=row.draft_step_s / 3) if (row.batch, row.context, row.gamma) == (8, 4096, 7) else row
         for row in make_rows(make_calibration())
     ]
     write(tmp_path / "sweep.csv", rows)
@@ -145,14 +143,9 @@ def test_of_a_sweep_fitted_in_part_it_scores_the_rest_and_says_how_many(tmp_path
     code, report = run_json(validate.main, capsys, "--calibration", cal, "--sweep", path)
     assert code == 0
     assert (report["num_points_scored"], report["num_points_left_out"]) == (NUM_CELLS, 2 * NUM_CELLS)
-    assert {kind: scores["num_scored"] for kind, scores in report["scores"].items()} == dict.fromkeys(
-        ("draft", "verify", "cycle"), 12
-    )
+    assert {kind: scores["num_scored"] for kind, scores in report["scores"].items()} == dict.fromkeys(("draft", "verify", "cycle"), 12)
     assert report["toggle"]["num_decisions"] == 12 * 18  # by the measured target steps of the cells
-    assert (
-        f"{NUM_CELLS} scored; {2 * NUM_CELLS} left out"
-        in run(validate.main, capsys, "--calibration", cal, "--sweep", path)[1]
-    )
+    assert f"{NUM_CELLS} scored; {2 * NUM_CELLS} left out" in run(validate.main, capsys, "--calibration", cal, "--sweep", path)[1]
 
 
 def test_a_fitted_point_is_known_again_in_another_file_and_a_new_measurement_of_it_is_not(tmp_path, capsys):
@@ -239,9 +232,7 @@ def test_the_decision_turns_at_one_plus_margin(tmp_path, capsys):
     gain = run_json(predict.main, capsys, "--calibration", cal, *point)[1]["speedup"]
     assert gain > 1
     for margin, decision in ((gain - 1 - 1e-6, "speculate"), (gain - 1 + 1e-6, "plain")):
-        assert (
-            run_json(predict.main, capsys, "--calibration", cal, *point, "--margin", margin)[1]["decision"] == decision
-        )
+        assert run_json(predict.main, capsys, "--calibration", cal, *point, "--margin", margin)[1]["decision"] == decision
 
 
 def test_identical_prompts_read_their_shared_context_once(tmp_path, capsys):
@@ -324,17 +315,18 @@ def test_a_bad_flag_of_plot_is_one_line_and_exit_code_2(tmp_path, capsys, monkey
 
 @pytest.mark.parametrize("name", ["validate", "predict", "plot"])
 def test_each_command_runs_as_a_module_and_explains_itself(name):
-    shown = subprocess.run(
-        [sys.executable, "-m", f"calib.{name}", "--help"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert (
-        f"python -m calib.{name} --calibration CAL.json" in shown.stdout and "--json" in shown.stdout or name == "plot"
-    )
+    shown = subprocess.run([sys.executable, "-m", f"calib.{name}", "--help"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert f"python -m calib.{name} --calibration CAL.json" in shown.stdout and "--json" in shown.stdout or name == "plot"
 
 
 @pytest.mark.parametrize(
     "one, other, alike",
-    [("llama-3.1-8b", "Llama-3.1-8B-Instruct", True), ("qwen2.5-14b", "Qwen2.5-14B", True), ("qwen2.5-7b", "Qwen2.5-14B", False), ("", "Qwen", False)],
+    [
+        ("llama-3.1-8b", "Llama-3.1-8B-Instruct", True),
+        ("qwen2.5-14b", "Qwen2.5-14B", True),
+        ("qwen2.5-7b", "Qwen2.5-14B", False),
+        ("", "Qwen", False),
+    ],
 )
 def test_a_transferred_calibration_is_known_by_the_beginning_of_its_name(one, other, alike):
     from calib.validate import _alike

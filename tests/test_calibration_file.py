@@ -156,12 +156,7 @@ def test_a_foreign_calibration_is_an_error_that_says_how_to_make_the_right_one(c
     with pytest.raises(SelfSpecError) as caught:
         check_matches(make_calibration(), **HERE | changed)
     message = str(caught.value)
-    assert (
-        message.startswith("--self-spec.calibration: ")
-        and expected in message
-        and remedy in message
-        and "\n" not in message
-    )
+    assert message.startswith("--self-spec.calibration: ") and expected in message and remedy in message and "\n" not in message
 
 
 def test_the_shipped_lookup_takes_the_exact_match_and_the_best_kind(tmp_path, monkeypatch):
@@ -209,9 +204,7 @@ def test_a_wheel_installs_the_shipped_calibrations(tmp_path):
         "print(c.__file__); print(*(c.load(path) and path.name for path in c.shipped_paths()))"
     )
     command = [sys.executable, "-S", "-c", script, str(installed)]
-    shown = subprocess.run(
-        command, cwd=tmp_path, check=True, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}
-    )
+    shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
     where, names = shown.stdout.splitlines()
     assert where.startswith(str(installed)) and set(names.split()) == expected
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from run_folders import FIXED, FLAGS, Page, make_run, write_description
 
 from openrlhf_sd import report
 from openrlhf_sd.report_arms import group_arms, pair_by_seed
 from openrlhf_sd.report_stats import compare
 from openrlhf_sd.run_records import load_run
-from run_folders import FIXED, FLAGS, Page, make_run, write_description
 
 
 def seeded(folder, seed, rollout_s, arm="vanilla", **settings):
@@ -42,9 +42,7 @@ def test_a_different_setting_makes_a_different_arm(tmp_path):
     one = seeded(tmp_path / "one", 0, [2.0] * 3, "fixed")
     config = json.loads((one / "config.json").read_text())
     other = make_run(tmp_path / "other", [2.0] * 4, arm="fixed", self_spec={**FIXED, "gamma": 5}, flags=config["openrlhf"])
-    hotter = make_run(
-        tmp_path / "hot", [2.0] * 4, arm="fixed", self_spec=FIXED, flags={**config["openrlhf"], "rollout.temperature": 0.6}
-    )
+    hotter = make_run(tmp_path / "hot", [2.0] * 4, arm="fixed", self_spec=FIXED, flags={**config["openrlhf"], "rollout.temperature": 0.6})
     assert [len(arm.runs) for arm in arms_of([one, other, hotter])] == [1, 1, 1]
 
 

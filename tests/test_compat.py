@@ -54,9 +54,7 @@ def test_signatures_we_override_are_unchanged():
         (SelfSpecScheduler, Scheduler, "set_pause_state"),
         (SelfSpecScheduler, Scheduler, "make_spec_decoding_stats"),
     ]:
-        assert list(inspect.signature(getattr(ours, name)).parameters) == list(
-            inspect.signature(getattr(upstream, name)).parameters
-        ), name
+        assert list(inspect.signature(getattr(ours, name)).parameters) == list(inspect.signature(getattr(upstream, name)).parameters), name
 
 
 def test_scheduler_output_carries_gamma_and_attention_metadata_has_the_fields_we_replace():

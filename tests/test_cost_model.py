@@ -84,9 +84,7 @@ def test_graphs_round_requests_up():
 
 def test_attention_tiles_go_by_waves_in_pairs():
     # 108 units; 2 tiles on one take 1.6: one wave 1, two 1.6, three 2.6, four 3.2
-    assert [kernels.attention_waves(tiles, 108, 0.6) for tiles in (1, 108, 109, 216, 217, 432)] == pytest.approx(
-        [1, 1, 1.6, 1.6, 2.6, 3.2]
-    )
+    assert [kernels.attention_waves(tiles, 108, 0.6) for tiles in (1, 108, 109, 216, 217, 432)] == pytest.approx([1, 1, 1.6, 1.6, 2.6, 3.2])
 
 
 def test_a_ragged_last_wave_of_gemm_tiles_costs_a_whole_one():
@@ -125,17 +123,13 @@ def test_extrapolated_steps_keep_between_physical_bounds(constants, prompts):
             floor_s = weights_s + kv_reads * context * constants.kv_bytes_per_token / GPU.stream_bytes_per_s
             for gamma in (1, 15):
                 tokens = batch * (gamma + 1)
-                flops = tokens * (
-                    constants.dense_flops_per_token + context * constants.attention_flops_per_token_and_context
-                )
+                flops = tokens * (constants.dense_flops_per_token + context * constants.attention_flops_per_token_and_context)
                 # Attention pads queries to tiles of 64, up to 32 times gamma 1's; all of it serial is the ceiling.
                 ceiling_s = 2 * floor_s + 40 * flops / GPU.gemm_flops_per_s + 0.05
                 assert 0.9 * weights_s < costs.verify_step_s(batch, context, gamma) < ceiling_s
             assert floor_s < costs.target_step_s(batch, context) < 3 * floor_s + 0.05
             # Marlin loses to a bf16 GEMM at hundreds of rows, but to no worse than half its speed.
-            assert prompts == "identical" or costs.draft_step_s(batch, context) < 2 * costs.target_step_s(
-                batch, context
-            )
+            assert prompts == "identical" or costs.draft_step_s(batch, context) < 2 * costs.target_step_s(batch, context)
 
 
 def test_numbers_and_arrays_give_the_same_seconds():
@@ -148,22 +142,14 @@ def test_numbers_and_arrays_give_the_same_seconds():
                 np.array([1, 3, 7, 11, 2]),
             )
             points = list(zip(batches.tolist(), contexts.tolist(), gammas.tolist(), strict=True))
-            assert [costs.target_step_s(b, s) for b, s, _ in points] == pytest.approx(
-                costs.target_step_s(batches, contexts)
-            )
-            assert [costs.draft_step_s(b, s, g) for b, s, g in points] == pytest.approx(
-                costs.draft_step_s(batches, contexts, gammas)
-            )
-            assert [costs.verify_step_s(*point) for point in points] == pytest.approx(
-                costs.verify_step_s(batches, contexts, gammas)
-            )
+            assert [costs.target_step_s(b, s) for b, s, _ in points] == pytest.approx(costs.target_step_s(batches, contexts))
+            assert [costs.draft_step_s(b, s, g) for b, s, g in points] == pytest.approx(costs.draft_step_s(batches, contexts, gammas))
+            assert [costs.verify_step_s(*point) for point in points] == pytest.approx(costs.verify_step_s(batches, contexts, gammas))
 
 
 def test_an_unquantized_drafter_costs_a_target_step_of_linears():
     terms = dataclasses.replace(BYTES_ONLY)
-    assert model(terms=terms, quant="none").draft_step_s(4, 100) == pytest.approx(
-        model(terms=terms).target_step_s(4, 100)
-    )
+    assert model(terms=terms, quant="none").draft_step_s(4, 100) == pytest.approx(model(terms=terms).target_step_s(4, 100))
 
 
 def test_a_model_survives_the_trip_through_json():

@@ -14,9 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-sys.path.insert(
-    0, str(EXAMPLES / "launcher")
-)  # its scripts run by path, as a folder on sys.path, not as an installed package
+sys.path.insert(0, str(EXAMPLES / "launcher"))  # its scripts run by path, as a folder on sys.path, not as an installed package
 
 import checks  # noqa: E402
 import command  # noqa: E402
@@ -181,12 +179,7 @@ def test_arms_speculate_as_in_the_paper(model):
 
 def test_a_models_file_holds_only_what_the_models_do_not_share():
     by_model = {model: experiment.load(model).openrlhf for model in PAPER_MODELS}
-    own = {
-        name
-        for flags in by_model.values()
-        for name in flags
-        if any(other.get(name) != flags[name] for other in by_model.values())
-    }
+    own = {name for flags in by_model.values() for name in flags if any(other.get(name) != flags[name] for other in by_model.values())}
     assert own == {name for flags in OWN.values() for name in flags}
 
 
@@ -200,9 +193,7 @@ def test_a_settings_file_opens_with_hardware_and_wall_time(path):
 
 
 def test_an_override_replaces_a_setting_of_openrlhf_and_one_of_ours(capsys):
-    flags = dry_run(
-        capsys, "qwen2.5-7b", "fixed", "--train.seed=7", "--self-spec.gamma", "3", "--actor.adam.betas", "0.9", "0.95"
-    )
+    flags = dry_run(capsys, "qwen2.5-7b", "fixed", "--train.seed=7", "--self-spec.gamma", "3", "--actor.adam.betas", "0.9", "0.95")
     config, upstream = parsed(flags)
     assert (config.gamma, upstream["train.seed"], upstream["actor.adam.betas"]) == (3, 7, [0.9, 0.95])
 
@@ -313,9 +304,7 @@ def executed(monkeypatch):
 
 def test_without_a_gpu_an_experiment_of_8_starts_nothing(capsys, monkeypatch, executed):
     monkeypatch.setattr(checks.platform, "is_needed", lambda: True)
-    assert "qwen2.5-7b: needs 8 GPUs and this machine has none" in error_line(
-        capsys, run_arm.main, "qwen2.5-7b", "auto"
-    )
+    assert "qwen2.5-7b: needs 8 GPUs and this machine has none" in error_line(capsys, run_arm.main, "qwen2.5-7b", "auto")
     assert executed == []
 
 
@@ -323,9 +312,7 @@ def test_a_missing_model_or_data_folder_is_one_line_that_says_how_to_get_it(caps
     line = error_line(capsys, run_arm.main, "qwen2.5-7b", "auto")
     assert line.startswith(f"run.sh: error: --actor.model_name_or_path: no folder {tmp_path}/models/Qwen2.5-7B")
     line = error_line(capsys, run_arm.main, "qwen2.5-7b", "auto", "--model-dir", "Qwen/Qwen2.5-7B")
-    assert line.startswith(
-        f"run.sh: error: --data.prompt_dataset: no file {tmp_path}/data/simplerl-hard-qwen/train.jsonl; make it with "
-    )
+    assert line.startswith(f"run.sh: error: --data.prompt_dataset: no file {tmp_path}/data/simplerl-hard-qwen/train.jsonl; make it with ")
     assert (
         f"python -m data_prep.simplerl_zoo --level hard --model qwen --drop_empty_answers --out {tmp_path}/data/simplerl-hard-qwen" in line
     )
@@ -352,13 +339,9 @@ def test_a_run_becomes_openrlhf_sd_with_the_flags_of_its_dry_run(capsys, tmp_pat
     assert executed == [[sys.executable, "-m", "openrlhf_sd.launch", *command.to_argv(flags)]]
 
 
-def test_the_quickstart_makes_its_own_model_and_prompts_but_not_those_of_others(
-    monkeypatch, executed, tmp_path, capsys
-):
+def test_the_quickstart_makes_its_own_model_and_prompts_but_not_those_of_others(monkeypatch, executed, tmp_path, capsys):
     prepared = []
-    monkeypatch.setattr(
-        inputs.subprocess, "run", lambda argv, check: prepared.append(argv[2:]) or SimpleNamespace(returncode=0)
-    )
+    monkeypatch.setattr(inputs.subprocess, "run", lambda argv, check: prepared.append(argv[2:]) or SimpleNamespace(returncode=0))
     monkeypatch.setattr(inputs, "missing_inputs", lambda experiment, flags: {})
     home = tmp_path / "runs" / "quickstart"
     run_arm.main(["quickstart", "auto", "--steps", "2"])
@@ -473,16 +456,12 @@ def test_finished_runs_of_other_flags_are_not_taken_for_these(compare, capsys):
 
 
 def test_a_secret_hidden_in_the_record_does_not_make_a_run_another_one(tmp_path):
-    (tmp_path / "provenance.json").write_text(
-        json.dumps({"status": "finished", "argv": ["--a", "1", "--logger.wandb.key", "(hidden)"]})
-    )
+    (tmp_path / "provenance.json").write_text(json.dumps({"status": "finished", "argv": ["--a", "1", "--logger.wandb.key", "(hidden)"]}))
     assert stages.is_finished(tmp_path, {"--a": ["1"], "--logger.wandb.key": ["s3cret"]})
 
 
 def test_our_overrides_go_to_the_arms_that_speculate(compare):
-    _, fake = compare(
-        "--arms", "vanilla,fixed", "--seeds", "1", "--self-spec.gamma", "2", "--rollout.temperature", "0.8"
-    )
+    _, fake = compare("--arms", "vanilla,fixed", "--seeds", "1", "--self-spec.gamma", "2", "--rollout.temperature", "0.8")
     vanilla, fixed = (parsed(command.parse_flags(fake.commands[f"{arm}-seed1"][3:])) for arm in ("vanilla", "fixed"))
     assert vanilla[0] is None and fixed[0].gamma == 2
     assert vanilla[1]["rollout.temperature"] == fixed[1]["rollout.temperature"] == 0.8

@@ -42,13 +42,12 @@ def test_a_run_that_does_not_decide_by_them_says_so(config, role):
 
 def test_another_model_on_a_measured_gpu_is_transferred_from_the_nearest():
     times = find(model_config=NEW_MODEL)
-    assert times.origin == (
-        "transferred from Llama-3.1-8B-Instruct, fitted on NVIDIA A100-SXM4-80GB; this model was not measured"
-    )
+    assert times.origin == ("transferred from Llama-3.1-8B-Instruct, fitted on NVIDIA A100-SXM4-80GB; this model was not measured")
     assert times.calibration.constants == model_constants(NEW_MODEL)
-    assert times.calibration.cost_model.terms == shipped(
-        device=A100, model_config=LLAMA_8B, quant="w4", tensor_parallel_size=1
-    ).cost_model.terms
+    assert (
+        times.calibration.cost_model.terms
+        == shipped(device=A100, model_config=LLAMA_8B, quant="w4", tensor_parallel_size=1).cost_model.terms
+    )
     assert times.role == "the run measures its own machine first, once, and decides by that"
 
 

@@ -85,9 +85,7 @@ def test_a_fit_finds_a_machine_unlike_its_starting_point():
 def test_a_few_wild_times_do_not_move_a_fit():
     sweep = make_sweep(machine(), grid(), noise=0.005)
     wild = tuple(
-        dataclasses.replace(t, seconds=t.seconds / 2)
-        if t.kind == "draft" and t.context == 4096 and t.batch >= 32
-        else t
+        dataclasses.replace(t, seconds=t.seconds / 2) if t.kind == "draft" and t.context == 4096 and t.batch >= 32 else t
         for t in sweep.timings
     )
     fitted = fit(dataclasses.replace(sweep, timings=wild), machine().constants, "w4")
@@ -110,9 +108,7 @@ def test_few_timings_and_a_prior_follow_a_model_whose_kernels_are_less_efficient
     fitted = fit(few, other.constants, "w4", prior)
     truth = make_sweep(other, grid())
     assert errors(fitted, truth)["cycle"] < 0.025
-    assert (
-        errors(fitted, truth)["cycle"] < errors(dataclasses.replace(prior, constants=other.constants), truth)["cycle"]
-    )
+    assert errors(fitted, truth)["cycle"] < errors(dataclasses.replace(prior, constants=other.constants), truth)["cycle"]
 
 
 class InvertedCpu:
@@ -254,9 +250,7 @@ def published(tmp_path):
 
 def run_fit(folder, *more):
     arguments = ["--sweep", "sweep.csv", "--model-config", ".", "--out", "cal.json"]
-    return fit_command.main(
-        [str(folder / word) if word in ("sweep.csv", ".", "cal.json") else word for word in [*arguments, *more]]
-    )
+    return fit_command.main([str(folder / word) if word in ("sweep.csv", ".", "cal.json") else word for word in [*arguments, *more]])
 
 
 def test_the_command_writes_a_calibration_for_rollouts_and_transfer_carries_it_over(published, capsys):
@@ -322,10 +316,7 @@ def test_crossval_prints_a_row_per_question(published, capsys):
     rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("| M-7B")]
     assert (
         rows
-        == ["| M-7B, 5 folds"] * 2
-        + ["| M-7B, batch > 32"] * 2
-        + ["| M-7B -> M-7B, no timing"] * 2
-        + ["| M-7B -> M-7B, 24 timings"] * 2
+        == ["| M-7B, 5 folds"] * 2 + ["| M-7B, batch > 32"] * 2 + ["| M-7B -> M-7B, no timing"] * 2 + ["| M-7B -> M-7B, 24 timings"] * 2
     )
 
 

@@ -32,9 +32,7 @@ SHELL = "$(touch ran) `touch ran`; touch ran; #'\"'\"' & | > ran *\n touch ran\\
 """No slash: a folder's name. Were a shell to read it, a file `ran` would appear."""
 
 TERMINAL = "\x1b[31m\x1b]8;;http://evil.example\x07\x9b2J\r[red]x[/red][/][link=http://evil.example]y[/link]"
-MARKUP = (
-    "'\" onmouseover='alert(1)' x=\"</title></style></td></script><script>alert(1)</script><img src=x onerror=alert(1)>--><!--"
-)
+MARKUP = "'\" onmouseover='alert(1)' x=\"</title></style></td></script><script>alert(1)</script><img src=x onerror=alert(1)>--><!--"
 TABLE = "| a | b |\n|---|---|\n`code` [link](javascript:alert(1)) ![i](x) <b>"
 FOLDER = "\x1b[31m\x9b2J\r[red]x[-red]'\" onload='alert(1)' ><script>alert(1)<!-- | `c` [l](j) ![i](x)\n<b>$\\frac"
 HOSTILE = TERMINAL + MARKUP + TABLE + "$\\frac{1}{0}$ javascript:alert(1)"
@@ -109,9 +107,7 @@ def test_compare_sh_hands_hostile_folders_on_unchanged(checkout):
     done = bash(checkout, *command, f"--out={name}", f"--model-dir={name}m")
     assert done.returncode == 0, done.stderr
     runs = pasted(checkout, done.stdout)
-    assert [value(argv, "--self-spec.run_dir") for argv in runs] == [
-        f"{checkout.here}/{name}/{arm}-seed1" for arm in ("vanilla", "auto")
-    ]
+    assert [value(argv, "--self-spec.run_dir") for argv in runs] == [f"{checkout.here}/{name}/{arm}-seed1" for arm in ("vanilla", "auto")]
     assert {value(argv, "--actor.model_name_or_path") for argv in runs} == {f"{checkout.here}/{name}m"}
     assert list(checkout.here.iterdir()) == []
 
@@ -176,9 +172,7 @@ def test_a_run_folder_may_begin_with_a_dash(monkeypatch, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "reward.py").write_text("")
     (tmp_path / "prompts.jsonl").write_text("")
-    flags = (
-        "--actor.model_name_or_path model --reward.remote_url reward.py --data.prompt_dataset prompts.jsonl --vllm.num_engines 1"
-    )
+    flags = "--actor.model_name_or_path model --reward.remote_url reward.py --data.prompt_dataset prompts.jsonl --vllm.num_engines 1"
     flags += " --ds.attn_implementation sdpa --algo.advantage.estimator group_norm --rollout.n_samples_per_prompt 4"
     trained = []
     monkeypatch.setattr(launch, "train", lambda *args: trained.append(vars(args[3])))
@@ -318,9 +312,7 @@ def test_a_calibration_from_elsewhere_names_nothing_but_text(tmp_path, capsys):
     calibration = make_calibration(model=HOSTILE, device=HOSTILE)
     calibration.save(tmp_path / "cal.json")
     clean(calibration.describe())
-    predict.main(
-        ["--calibration", str(tmp_path / "cal.json"), "--batch", "1", "--seq", "64", "--gamma", "3", "--acceptance", "0.9"]
-    )
+    predict.main(["--calibration", str(tmp_path / "cal.json"), "--batch", "1", "--seq", "64", "--gamma", "3", "--acceptance", "0.9"])
     assert "[red]x[/red]" in clean(capsys.readouterr().out)
 
 

@@ -64,7 +64,10 @@ SPOILED = {
     ),
     "LoRA": ({"--self-spec": "fixed", "--ds.lora.rank": "8"}, "--ds.lora.rank: does not work with --self-spec"),
     "4-bit trainer": ({"--self-spec": "fixed", "--ds.load_in_4bit": None}, "--ds.load_in_4bit: does not work with --self-spec"),
-    "images": ({"--self-spec": "fixed", "--data.max_images_per_prompt": "2"}, "--data.max_images_per_prompt: does not work with --self-spec"),
+    "images": (
+        {"--self-spec": "fixed", "--data.max_images_per_prompt": "2"},
+        "--data.max_images_per_prompt: does not work with --self-spec",
+    ),
     "engines of another dtype than the trainer": ({"--ds.param_dtype": "fp16"}, "--ds.param_dtype: OpenRLHF's vLLM engines are bf16"),
     "no engines": ({"--self-spec": "fixed", "--vllm.num_engines": "0"}, "--vllm.num_engines: --self-spec speculates inside vLLM engines"),
     "cached prompts of two policies": (
@@ -154,9 +157,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(good_flags, forbid_training,
 
 
 @pytest.mark.parametrize("spoil, message", SPOILED_ON_CPU.values(), ids=SPOILED_ON_CPU.keys())
-def test_flags_that_need_a_gpu_are_refused_without_one(
-    good_flags, forbid_training, monkeypatch, capsys, spoil, message
-):
+def test_flags_that_need_a_gpu_are_refused_without_one(good_flags, forbid_training, monkeypatch, capsys, spoil, message):
     monkeypatch.setattr(launch.platform, "is_needed", lambda: True)
     assert launch.main(as_argv({**good_flags, **spoil})) == 2
     [line] = capsys.readouterr().err.splitlines()

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from run_folders import FIXED, FLAGS, Page, make_run
 
 from openrlhf_sd import report
 from openrlhf_sd.metrics import append_row
@@ -13,7 +14,6 @@ from openrlhf_sd.report_lengths import NUM_BINS, equal_batch_speedup, equal_work
 from openrlhf_sd.report_stats import compare
 from openrlhf_sd.run_records import load_run
 from openrlhf_sd.step_ledger import Segment, StepLedger
-from run_folders import FIXED, FLAGS, Page, make_run
 
 
 def sums(*bins):
@@ -142,9 +142,7 @@ def test_without_a_timeline_in_the_baseline_response_lengths_are_used_and_named(
     base_s = [9.0, 1.4, 3.5, 1.4, 3.5, 1.4, 3.5]
     base = load_run(make_run(tmp_path / "a", base_s, lengths=base_lengths))
     # The run's answers are longer, (100, 20): 0.1 * 100 + 0.01 * 120 = 11.2 s of plain decoding in 2.8 s. By wall time it is slower.
-    run = make_run(
-        tmp_path / "b", [9.0] + [2.8] * 6, arm="fixed", self_spec=FIXED, lengths=[[100, 20]] * 7, timelines=[TWICE_AS_FAST] * 7
-    )
+    run = make_run(tmp_path / "b", [9.0] + [2.8] * 6, arm="fixed", self_spec=FIXED, lengths=[[100, 20]] * 7, timelines=[TWICE_AS_FAST] * 7)
     (versus,) = compare(group_arms([base, load_run(run)]), 0, 1).versus
     assert versus.length_controlled.method == "response lengths"
     assert versus.length_controlled.explanation == "modelled from response lengths (no timeline in the baseline)"

@@ -51,16 +51,12 @@ def test_a_policy_holds_its_embedding_too_unless_the_head_is_tied_to_it():
 
 
 def test_a_tied_head_is_streamed_all_the_same():
-    assert model_constants(QWEN | {"tie_word_embeddings": True}).weight_bytes("none") == model_constants(
-        QWEN
-    ).weight_bytes("none")
+    assert model_constants(QWEN | {"tie_word_embeddings": True}).weight_bytes("none") == model_constants(QWEN).weight_bytes("none")
 
 
 def test_a_head_size_in_the_config_wins_over_hidden_size_by_heads():
     # Qwen3-0.6B: hidden 1024, 16 heads of 128, not of 64
-    constants = model_constants(
-        QWEN | {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
-    )
+    constants = model_constants(QWEN | {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128})
     assert constants.layer_linears[0] == (16 * 128 + 2 * 8 * 128, 1024)
     assert constants.layer_linears[1] == (1024, 2048)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from run_folders import FIXED, FLAGS, Page, make_run, write_description, write_events
 
 from openrlhf_sd import report
 from openrlhf_sd.config import SelfSpecError
@@ -15,9 +16,10 @@ from openrlhf_sd.report_arms import group_arms
 from openrlhf_sd.report_bootstrap import difference_of_means, ratio_of_medians
 from openrlhf_sd.report_stats import compare
 from openrlhf_sd.run_records import load_run
-from run_folders import FIXED, FLAGS, Page, make_run, write_description, write_events
 
 HOSTILE = '<script>alert("x")</script>'
+
+
 @pytest.fixture
 def two_runs(tmp_path):
     # Ten drafts of two tokens per rollout: 9 accepted at the first position, 6 at the second.
@@ -79,9 +81,7 @@ def test_an_interval_around_one_is_no_difference_detected():
     estimate = ratio_of_medians([(noise, [random.gauss(5, 1) for _ in range(15)])])
     assert estimate.low < 1 < estimate.high
     half_width = (estimate.high - estimate.low) / 2
-    assert estimate.verdict == (
-        f"no difference detected at n = 20 and 15 steps; one under about {half_width:.3f} would not show here"
-    )
+    assert estimate.verdict == (f"no difference detected at n = 20 and 15 steps; one under about {half_width:.3f} would not show here")
     assert not estimate.is_claim
 
 

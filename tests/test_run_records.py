@@ -1,11 +1,11 @@
 """Run folders read back: pooled engines, and records that are cut, repeated, skipped or not finite."""
 
 import pytest
+from run_folders import FIXED, FLAGS, make_run, write_description, write_events
 
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.metrics import SpecDecodeCounts, append_row, rollout_row
 from openrlhf_sd.run_records import load_run
-from run_folders import FIXED, FLAGS, make_run, write_description, write_events
 
 
 def test_engines_of_one_rollout_are_pooled_by_tokens(tmp_path):
@@ -107,7 +107,9 @@ def test_a_reader_is_told_of_collapses_and_audits(tmp_path):
     audits = [{"num_responses": 4, "num_tokens": 100 * n, "mean_abs_diff": 0.001 * n, "max_abs_diff": 0.1 * n} for n in (1, 3)]
     rows = ({"rollout/sd/collapse": "31% ...: scheme too coarse", "audit": audits[0]}, {"audit": None}, {"audit": audits[1]})
     collapse, audited = load_run(with_rows(tmp_path / "r", *rows)).notes[:2]
-    assert collapse.startswith("speculation went off in 1 of 3 rollouts") and collapse.endswith("rollout 0 of engine 0: 31% ...: scheme too coarse")
+    assert collapse.startswith("speculation went off in 1 of 3 rollouts") and collapse.endswith(
+        "rollout 0 of engine 0: 31% ...: scheme too coarse"
+    )
     # (100 x 0.001 + 300 x 0.003) / 400 = 0.0025
     assert audited.startswith("audit: 400 sampled tokens of 2 rollouts") and audited.endswith("difference| 0.0025, at most 0.300")
 

@@ -249,9 +249,7 @@ class DraftsOverWhatIsVerified(FakeRunner):
 )
 def test_what_goes_wrong_is_noticed(runner_class, complaint) -> None:
     config = SelfSpecConfig(mode="auto", gamma_max=3, calibration="none")
-    engine = CheckedEngine(
-        make_scheduler(told(synchronous.SelfSpecScheduler), config, Sizes(), is_async=False), Sizes(), runner_class
-    )
+    engine = CheckedEngine(make_scheduler(told(synchronous.SelfSpecScheduler), config, Sizes(), is_async=False), Sizes(), runner_class)
     engine.scheduler.controller.tell([2])
     engine.add([11, 12, 13], max_tokens=10)
     with pytest.raises(AssertionError, match=complaint):

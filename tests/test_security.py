@@ -96,12 +96,7 @@ def risky(path):
 
 def test_nothing_of_ours_unpickles_or_runs_what_it_read():
     packages = [ROOT / name for name in ("openrlhf_sd", "calib", "data_prep", "examples")]
-    found = {
-        (str(path.relative_to(ROOT)), name)
-        for package in packages
-        for path in sorted(package.rglob("*.py"))
-        for name in risky(path)
-    }
+    found = {(str(path.relative_to(ROOT)), name) for package in packages for path in sorted(package.rglob("*.py")) for name in risky(path)}
     assert found == set(ALLOWED)
 
 
@@ -112,9 +107,7 @@ def test_the_search_finds_what_it_is_for(tmp_path):
         "torch.load(f)\nnp.load(f, allow_pickle=True)\nos.system(c)\nsubprocess.run(c, shell=True)\neval(c)\n"
         "AutoConfig.from_pretrained(f, trust_remote_code=True)\nsubprocess.run(c, shell=False)\nmodel.eval()\n"
     )
-    assert sorted(risky(source)) == [
-        *("allow_pickle", "eval", "load", "load", "os.system", "pickle", "shell", "trust_remote_code", "yaml")
-    ]
+    assert sorted(risky(source)) == [*("allow_pickle", "eval", "load", "load", "os.system", "pickle", "shell", "trust_remote_code", "yaml")]
 
 
 # Weights.
@@ -269,9 +262,7 @@ def test_the_models_own_code_is_not_run_by_us(pickled_model, tmp_path):
     config = json.loads((pickled_model / "config.json").read_text())
     (pickled_model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.OwnConfig"}}))
     (pickled_model / "own.py").write_text(
-        "from transformers import Qwen2Config\n"
-        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
-        "class OwnConfig(Qwen2Config): pass\n"
+        f"from transformers import Qwen2Config\nopen({str(tmp_path / 'ran')!r}, 'w').close()\nclass OwnConfig(Qwen2Config): pass\n"
     )
     command = [sys.executable, "-c", READ_MODEL, str(pickled_model), str(tmp_path / "ran")]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}

@@ -404,7 +404,11 @@ def grid_cell(auto, uncalibrated, adaptive=0.05, oracle=0.10, first=0.0):
         (Cell(0, "light", 0.9), grid_cell(0.089, 0.08), ["under 90% of oracle"]),
         (Cell(0, "light", 0.9), grid_cell(0.04, 0.04, oracle=0.029), ["under adaptive"]),
         (Cell(0, "light", 0.9), grid_cell(0.095, -0.006), ["auto without 0.6% slower than plain"]),
-        (Cell(0, "light", 0.9), grid_cell(0.095, 0.09, first=-0.007), ["auto 0.7% slower than plain", "auto without 0.7% slower than plain"]),
+        (
+            Cell(0, "light", 0.9),
+            grid_cell(0.095, 0.09, first=-0.007),
+            ["auto 0.7% slower than plain", "auto without 0.7% slower than plain"],
+        ),
     ],
 )
 def test_the_grid_says_what_auto_misses(cell, found, missed):

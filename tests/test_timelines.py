@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from run_folders import FIXED, FLAGS, Page, make_run
 
 from openrlhf_sd import report
 from openrlhf_sd.metrics import append_row
@@ -11,7 +12,6 @@ from openrlhf_sd.report_summary import speculated_share, summarize
 from openrlhf_sd.report_timelines import choose_rollouts
 from openrlhf_sd.run_records import load_run
 from openrlhf_sd.step_ledger import Segment
-from run_folders import FIXED, FLAGS, Page, make_run
 
 TOGGLE = {**FIXED, "mode": "toggle"}
 
@@ -22,9 +22,7 @@ def timeline(seconds):
 
 
 def toggled(folder, seconds, flags=FLAGS):
-    return make_run(
-        folder, seconds, arm="toggle", self_spec=TOGGLE, flags=flags, timelines=[timeline(s) for s in seconds]
-    )
+    return make_run(folder, seconds, arm="toggle", self_spec=TOGGLE, flags=flags, timelines=[timeline(s) for s in seconds])
 
 
 def test_the_rollout_of_median_time_and_the_last_are_chosen(tmp_path):

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 from rich.console import Console
+from run_folders import FIXED, FLAGS, make_run, write_description
 
 from openrlhf_sd import launch, watch
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.metrics import SpecDecodeCounts, append_row
 from openrlhf_sd.step_ledger import Segment
 from openrlhf_sd.watch_view import sample_timeline, spark_line, view
-from run_folders import FIXED, FLAGS, make_run, write_description
 
 TIMELINE = [[0, 0, 10, 8, 8, 1.0, 80], [2, 10, 5, 4, 2, 1.0, 20]]
 
@@ -27,9 +27,7 @@ def shown(run_dir, now_unix_s=1000.0, width=100):
 def run_dir(tmp_path):
     # Ten drafts of two tokens per rollout, 15 of 20 accepted.
     counts = SpecDecodeCounts(10, 20, 15, [9, 6], [10, 10])
-    return make_run(
-        tmp_path / "r", [4.0, 2.0], arm="fixed", self_spec=FIXED, counts=counts, timelines=[TIMELINE] * 2, rewards=[0.25, 0.75]
-    )
+    return make_run(tmp_path / "r", [4.0, 2.0], arm="fixed", self_spec=FIXED, counts=counts, timelines=[TIMELINE] * 2, rewards=[0.25, 0.75])
 
 
 def test_each_rollout_is_a_column_and_the_median_of_all_the_last(run_dir):
@@ -81,9 +79,7 @@ def test_a_vanilla_run_has_no_rows_of_speculation(tmp_path):
 
 def test_it_fits_into_eighty_columns(tmp_path):
     counts = SpecDecodeCounts(1000, 11000, 10900, [9] * 11, [10] * 11)
-    run = make_run(
-        tmp_path / "r", [1234.5] * 9, arm="auto", self_spec={**FIXED, "mode": "auto"}, counts=counts, timelines=[TIMELINE] * 9
-    )
+    run = make_run(tmp_path / "r", [1234.5] * 9, arm="auto", self_spec={**FIXED, "mode": "auto"}, counts=counts, timelines=[TIMELINE] * 9)
     output = shown(run, width=80)
     heading = next(line for line in output.splitlines() if "training step" in line)
     assert heading.split()[2:] == ["5", "6", "7", "8", "9", "median"]

@@ -29,14 +29,10 @@ class Parser(argparse.ArgumentParser):
 
     def add_shared_flags(self) -> None:
         where = "default: see the file in examples/settings"
-        self.add_argument(
-            "--dry-run", action="store_true", help="check everything, print it, start nothing; needs no GPU"
-        )
+        self.add_argument("--dry-run", action="store_true", help="check everything, print it, start nothing; needs no GPU")
         self.add_argument("--model-dir", metavar="DIR", help=f"folder or hub name of the policy to train; {where}")
         self.add_argument("--data-dir", metavar="DIR", help=f"folder with train.jsonl and test.jsonl; {where}")
-        self.add_argument(
-            "--steps", type=positive_int, metavar="N", help="N steps, in one pass over as many prompts as they need"
-        )
+        self.add_argument("--steps", type=positive_int, metavar="N", help="N steps, in one pass over as many prompts as they need")
 
 
 def exit_code(prog: str, run: Callable[[], int]) -> int:

@@ -50,17 +50,13 @@ def run(argv: Sequence[str] | None) -> int:
     parser.add_argument("model", metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("--arms", default=DEFAULT_ARMS, help=f"of {','.join(ARMS)} (default: {DEFAULT_ARMS})")
     parser.add_argument("--seeds", default=DEFAULT_SEEDS, help=f"values of {SEED_FLAG} (default: {DEFAULT_SEEDS})")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for runs and page (default: runs/MODEL-compared)"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for runs and page (default: runs/MODEL-compared)")
     parser.add_shared_flags()
     args, override_tokens = parser.parse_known_args(argv)
     experiment, overrides = load(args.model), parse_flags(override_tokens)
     out = (args.out or Path("runs", f"{args.model}-compared")).absolute()
     runs = [
-        planned_run(
-            experiment, arm, seed, out / f"{arm}-seed{seed}", overrides, args.model_dir, args.data_dir, args.steps
-        )
+        planned_run(experiment, arm, seed, out / f"{arm}-seed{seed}", overrides, args.model_dir, args.data_dir, args.steps)
         for arm, seed in in_turns(parse_arms(args.arms), parse_seeds(args.seeds))
     ]
     if args.dry_run:

@@ -22,9 +22,7 @@ def missing_inputs(experiment: Experiment, flags: Flags) -> dict[str, str]:
     missing = {}
     [model] = flags[MODEL_FLAG]
     if Path(model).is_absolute() and not Path(model).is_dir():
-        missing[MODEL_FLAG] = (
-            f"no folder {model}; put the model there, or give --model-dir another folder or a hub name"
-        )
+        missing[MODEL_FLAG] = f"no folder {model}; put the model there, or give --model-dir another folder or a hub name"
     for name in FILE_FLAGS:
         for file in (Path(part) for value in flags.get(name, []) for part in value.split(",")):
             if file.suffix in (*DATA_SUFFIXES, ".py") and not file.is_file():

@@ -44,9 +44,7 @@ def run_stage(name: str, command: Sequence[str]) -> float:
     code = _wait_for(subprocess.Popen(command))
     seconds = time.perf_counter() - started
     if code:
-        raise StageFailed(
-            f"{name}: failed (exit code {code}); see its output above; the same command goes on from here"
-        )
+        raise StageFailed(f"{name}: failed (exit code {code}); see its output above; the same command goes on from here")
     print(f"=== {name}: {seconds:.0f} s ===", flush=True)
     return seconds
 

@@ -56,7 +56,9 @@ def prepare_data(folder: Path, num_prompts: int, seed: int) -> dict[str, float]:
         if not (folder / PROMPTS).is_file():
             raise SelfSpecError(f"--data: {folder} is there and has no {PROMPTS}; give another folder")
         if (found := num_lines(folder / PROMPTS)) < num_prompts:
-            raise SelfSpecError(f"--data: {folder} holds {found} prompts and the run needs {num_prompts}; give fewer steps or another folder")
+            raise SelfSpecError(
+                f"--data: {folder} holds {found} prompts and the run needs {num_prompts}; give fewer steps or another folder"
+            )
     return make(folder, "data", "task.py", "--train", str(max(num_prompts, USUAL_PROMPTS)), "--seed", str(seed))
 
 

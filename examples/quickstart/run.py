@@ -35,12 +35,8 @@ def run(argv: Sequence[str] | None) -> int:
     experiment = load("quickstart")
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, the data, the runs and the page")
-    parser.add_argument(
-        "--steps", type=positive_int, default=experiment.steps, help="GRPO steps of each arm (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the model, the data and the training (default: %(default)s)"
-    )
+    parser.add_argument("--steps", type=positive_int, default=experiment.steps, help="GRPO steps of each arm (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the model, the data and the training (default: %(default)s)")
     parser.add_argument("--arms", default=DEFAULT_ARMS, help=f"of {','.join(ARMS)} (default: {DEFAULT_ARMS})")
     args, more_flags = parser.parse_known_args(argv)
     arms, overrides, out = parse_arms(args.arms), parse_flags(more_flags), args.out.resolve()

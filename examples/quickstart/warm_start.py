@@ -99,16 +99,12 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: in
 
 
 @torch.no_grad()
-def sample_responses(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: list[task.Problem]
-) -> list[str]:
+def sample_responses(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: list[task.Problem]) -> list[str]:
     """One response per problem at temperature 1, special tokens kept, padding after EOS removed."""
     model.eval()
     # All prompts of the task have five tokens, so the batch needs no padding.
     prompts = tokenizer([p.prompt for p in problems], add_special_tokens=False, return_tensors="pt")
-    ids = model.generate(
-        **prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=task.MAX_RESPONSE_TOKENS
-    )
+    ids = model.generate(**prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=task.MAX_RESPONSE_TOKENS)
     texts = tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=False)
     return [text.replace(task.PAD, "") for text in texts]
 

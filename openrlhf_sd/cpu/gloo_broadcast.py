@@ -30,7 +30,7 @@ class GlooBroadcastGroup:
             listen_socket=listen_at(host, port) if rank == 0 else None,
         )
 
-    def broadcast(self, tensor: "torch.Tensor", src: int, stream: object = None) -> None:
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: object = None) -> None:
         """Send `tensor` (contiguous, on the CPU) from rank `src` of the group, or receive into it. `stream` means
         nothing here."""
         import torch.distributed as dist

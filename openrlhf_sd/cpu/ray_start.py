@@ -38,9 +38,7 @@ def session_dir() -> Iterator[str]:
             shutil.rmtree(closed, ignore_errors=True)  # a dying process of Ray may still be writing its log
 
 
-def ray_init_on_cpu(
-    ray_init: Callable[..., Any], upstream: argparse.Namespace, session_dir: str, worker_setup: str
-) -> Callable[..., Any]:
+def ray_init_on_cpu(ray_init: Callable[..., Any], upstream: argparse.Namespace, session_dir: str, worker_setup: str) -> Callable[..., Any]:
     """A `ray.init` for OpenRLHF's own call: it adds virtual GPUs and, in every worker, a call of the function named `worker_setup`.
 
     OpenRLHF calls it after its own checks of the flags, so nothing starts for a run that cannot begin.
@@ -82,9 +80,7 @@ def ray_init_on_cpu(
 def num_slots(upstream: argparse.Namespace) -> int:
     """One logical GPU for every model replica OpenRLHF may place, by its flags."""
     flags = vars(upstream)
-    replicas = sum(
-        flags[f"{role}.num_nodes"] * flags[f"{role}.num_gpus_per_node"] for role in ("actor", "ref", "reward", "critic")
-    )
+    replicas = sum(flags[f"{role}.num_nodes"] * flags[f"{role}.num_gpus_per_node"] for role in ("actor", "ref", "reward", "critic"))
     return replicas + (flags["vllm.num_engines"] or 0) * flags["vllm.tensor_parallel_size"]
 
 

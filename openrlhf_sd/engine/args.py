@@ -32,9 +32,7 @@ def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -
     return resolve_scheme(config, linear_input_widths(hf_config, tensor_parallel_size), "cpu" if current_platform.is_cpu() else "cuda")
 
 
-def engine_args(
-    config: SelfSpecConfig, model: str | Path, tensor_parallel_size: int = 1, costs: CostModel | None = None
-) -> dict[str, Any]:
+def engine_args(config: SelfSpecConfig, model: str | Path, tensor_parallel_size: int = 1, costs: CostModel | None = None) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM(model, **args)`, `vllm.AsyncEngineArgs(model, **args)` and OpenRLHF's rollout actor.
 
     Args:

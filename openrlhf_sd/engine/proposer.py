@@ -118,9 +118,7 @@ class SelfDraftProposer(DraftModelProposer):
         drafted: list[torch.Tensor] = []
         draft_probs: list[torch.Tensor] = []
         for step in range(num_speculative_tokens):
-            positions = self._update_positions_dependent_metadata(
-                positions, attn_metadata, batch_size, num_input_tokens, self.block_size
-            )
+            positions = self._update_positions_dependent_metadata(positions, attn_metadata, batch_size, num_input_tokens, self.block_size)
             _, per_layer_attn_metadata = self.build_per_group_and_layer_attn_metadata(attn_metadata, draft_index=step)
             self.input_ids[:batch_size] = token_ids
             with set_forward_context(
@@ -144,9 +142,7 @@ class SelfDraftProposer(DraftModelProposer):
             self._last_draft_probs = torch.stack(draft_probs, dim=1).contiguous()
         return torch.stack(drafted, dim=1)
 
-    def _sample_from_logits(
-        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _sample_from_logits(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draft with the request's own top-k and top-p. Upstream drafts with its temperature only: exact, but the policy then rejects
         every draft outside its nucleus."""
         top_k, top_p = sampling_metadata.top_k, sampling_metadata.top_p

@@ -35,9 +35,7 @@ def compressed_tensors_config(quant: str, group_size: int) -> dict[str, Any] | N
         "quant_method": "compressed-tensors",
         "format": quant_format,
         "ignore": ["re:.*lm_head"],
-        "config_groups": {
-            "decoder_linears": {"targets": ["Linear"], "weights": weights, "input_activations": input_activations}
-        },
+        "config_groups": {"decoder_linears": {"targets": ["Linear"], "weights": weights, "input_activations": input_activations}},
     }
 
 

@@ -143,8 +143,7 @@ class SelfSpecScheduler(PlatformScheduler):
         num_new = len(scheduler_output.scheduled_new_reqs)
         # Every request that decodes has one token of its own and its drafts; what is beyond that is prompt.
         num_decodes = sum(
-            count == 1 + len(verified.get(request_id, ()))
-            for request_id, count in scheduler_output.num_scheduled_tokens.items()
+            count == 1 + len(verified.get(request_id, ())) for request_id, count in scheduler_output.num_scheduled_tokens.items()
         )
         num_decode_tokens = num_decodes + num_draft_tokens
         step = MeasuredStep(

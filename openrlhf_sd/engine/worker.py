@@ -36,9 +36,7 @@ class _SelfSpecWorking:
         if self.use_v2_model_runner:
             raise RuntimeError("self-speculation: needs vLLM's V1 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
         runner = self.model_runner
-        runner.drafter = SelfDraftProposer(
-            self.vllm_config, runner.device, runner, quant=config.quant, group_size=config.group_size
-        )
+        runner.drafter = SelfDraftProposer(self.vllm_config, runner.device, runner, quant=config.quant, group_size=config.group_size)
         # Upstream stops drafting num_speculative_tokens tokens before the context ends and schedules zeros as drafts from there on. Our drafter
         # needs no such margin: positions past the end get a padding slot and the scheduler trims the drafts.
         runner.effective_drafter_max_model_len = runner.max_model_len + config.num_speculative_tokens + 1

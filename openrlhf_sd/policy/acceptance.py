@@ -105,10 +105,10 @@ class _Counts:
             self.accepted[position] += num_accepted
             still_accepted = num_accepted
 
-    def copy(self, other: "_Counts") -> None:
+    def copy(self, other: _Counts) -> None:
         self.reached, self.accepted = list(other.reached), list(other.accepted)
 
-    def differs_from(self, other: "_Counts") -> bool:
+    def differs_from(self, other: _Counts) -> bool:
         """Whether acceptance over all positions differs by more than chance."""
         own_n, other_n = sum(self.reached), sum(other.reached)
         if min(own_n, other_n) < 1:

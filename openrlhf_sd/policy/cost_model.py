@@ -93,7 +93,14 @@ class Terms:
 
 
 TERM_NAMES = tuple(f.name for f in dataclasses.fields(Terms))
-_POSITIVE = ("switch_half_rows", "stream_bytes_per_s", "gemm_flops_per_s", "wide_tile_gain", "draft_bytes_per_stream_byte", "draft_flops_per_s")
+_POSITIVE = (
+    "switch_half_rows",
+    "stream_bytes_per_s",
+    "gemm_flops_per_s",
+    "wide_tile_gain",
+    "draft_bytes_per_stream_byte",
+    "draft_flops_per_s",
+)
 _EXPONENTS = ("roofline_exponent", "draft_exponent")
 
 

@@ -74,9 +74,7 @@ def gemm_s(rows, outputs: int, inputs: int, units, bytes_per_s, flops_per_s, wid
     memory_s = 2.0 * inputs * outputs / bytes_per_s
     if not units:
         return roofline(memory_s, 2.0 * rows * inputs * outputs / flops_per_s, exponent)
-    tiled_rows = either(
-        rows > 64, TILE_ROWS * ceil_div(rows, TILE_ROWS), either(rows > 32, 64, either(rows > 16, 32, 16))
-    )
+    tiled_rows = either(rows > 64, TILE_ROWS * ceil_div(rows, TILE_ROWS), either(rows > 32, 64, either(rows > 16, 32, 16)))
     compute_s = 2.0 * tiled_rows * inputs * outputs / flops_per_s
     row_tiles = ceil_div(rows, TILE_ROWS)
     num_splits = max(1, inputs // SPLIT_INPUTS)

@@ -157,7 +157,9 @@ class LiveCosts:
     def restore(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the state was saved with a calibration and this run has none, or the other way round."""
         if state.get("is_calibrated") != self._trust.knows_seconds:
-            raise ValueError("the saved step times belong to a run " + ("without" if self._trust.knows_seconds else "with") + " a calibration")
+            raise ValueError(
+                "the saved step times belong to a run " + ("without" if self._trust.knows_seconds else "with") + " a calibration"
+            )
         self._scale_s = state["scale_s"]
         self._belief.restore(state["curves"])
 

@@ -106,9 +106,7 @@ def simulate(controller, work: Workload, times: StepTimes, noise: Iterator[float
             num_decodes, num_generated = len(remaining), int(generated.sum())
             shortest = int(remaining.min()) if num_decodes else 0
 
-        controller.observe(
-            MeasuredStep(batch, context, step_s if run.num_steps else None, 0, gamma_verified, gamma, *drafts)
-        )
+        controller.observe(MeasuredStep(batch, context, step_s if run.num_steps else None, 0, gamma_verified, gamma, *drafts))
         run.seconds += step_s
         run.num_steps += 1
         run.steps_by_gamma[gamma] += 1

@@ -156,9 +156,7 @@ def from_timings(timings: Iterable[Any], max_batch: int, *, off_costs_target_sd:
     stretch = np.where(np.isnan(cycle), 1.0, cycle / (draft * np.array(gammas)[:, None] + verify))
 
     every_batch = np.arange(1, max_batch + 1)
-    target, off, verify, draft = (
-        _along_batch(values, batches, every_batch) for values in (target, off, verify * stretch, draft * stretch)
-    )
+    target, off, verify, draft = (_along_batch(values, batches, every_batch) for values in (target, off, verify * stretch, draft * stretch))
     drafting = np.arange(1, MAX_GAMMA + 1)
     continued = _along_gamma(verify, gammas, drafting)
     from_decode = _along_gamma(np.concatenate([off, verify[:, :1]], axis=1), [0, gammas[0]], np.minimum(drafting, gammas[0]))

@@ -40,8 +40,7 @@ def _running(model: Path, overrides: dict[str, Any]) -> Iterator[LLM]:
 def token_prompts(count: int, vocab_size: int) -> list[dict[str, list[int]]]:
     """Prompts of 4 to 20 tokens, all different, clear of the first ids (specials)."""
     return [
-        {"prompt_token_ids": [4 + (31 * row + 7 * column) % (vocab_size - 4) for column in range(4 + row % 17)]}
-        for row in range(count)
+        {"prompt_token_ids": [4 + (31 * row + 7 * column) % (vocab_size - 4) for column in range(4 + row % 17)]} for row in range(count)
     ]
 
 
@@ -50,9 +49,7 @@ def greedy(max_tokens: int, **more: Any) -> SamplingParams:
 
 
 def sampled(max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, **more: Any) -> SamplingParams:
-    return SamplingParams(
-        temperature=temperature, top_p=top_p, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **more
-    )
+    return SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **more)
 
 
 def generate(llm: LLM, prompts: list[dict[str, list[int]]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:

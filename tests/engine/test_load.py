@@ -58,9 +58,7 @@ def test_ten_thousand_requests(measured, warm_policy):
         # The same prompt, however long its response and whatever ran beside it, begins with the same tokens: nothing was mixed up.
         longest = {prompt: max(outputs[prompt::NUM_AT_ONCE], key=len) for prompt in range(NUM_AT_ONCE)}
         num_other = sum(output != longest[number % NUM_AT_ONCE][: len(output)] for number, output in enumerate(outputs))
-        assert num_other <= NUM_REQUESTS // 1000, (
-            "more than near ties of bf16 explain (tests/engine/test_greedy.py met none in 64)"
-        )
+        assert num_other <= NUM_REQUESTS // 1000, "more than near ties of bf16 explain (tests/engine/test_greedy.py met none in 64)"
         assert core.call_utility("test_num_free_blocks") == num_blocks
         assert tensors[3] < 1.02 * tensors[1]
         assert scheduler[3] < 1.02 * scheduler[1]

@@ -65,7 +65,9 @@ def self_spec_rows(run_dir: Path) -> list[dict]:
 
 def assert_fresh_and_exact(rows: list[dict], num_engines: int) -> None:
     """Every sync brought new weights, the same to every engine, and left a drafter that computes what they say."""
-    fingerprints = [{row["weights_fingerprint"] for row in rows if row["rollout"] == rollout} for rollout in range(len(rows) // num_engines)]
+    fingerprints = [
+        {row["weights_fingerprint"] for row in rows if row["rollout"] == rollout} for rollout in range(len(rows) // num_engines)
+    ]
     assert all(len(of_one_sync) == 1 for of_one_sync in fingerprints)
     assert len(set.union(*fingerprints)) == len(fingerprints)
     for row in rows:

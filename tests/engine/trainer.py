@@ -30,9 +30,7 @@ class Trainer:
 
     def send(self, name: str, weight: torch.Tensor, is_last: bool) -> None:
         with ThreadPoolExecutor(1) as pool:
-            received = pool.submit(
-                self._llm.collective_rpc, "update_weight", args=(name, weight.dtype, weight.shape, is_last)
-            )
+            received = pool.submit(self._llm.collective_rpc, "update_weight", args=(name, weight.dtype, weight.shape, is_last))
             self._group.broadcast(weight, src=0)
             received.result()
 

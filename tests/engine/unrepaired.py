@@ -29,9 +29,7 @@ _upstream_rejection_sample = rejection_sampler.rejection_sample
 def _accepting_too_often(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, *args, **kwargs):
     """Halving the draft's probabilities doubles every acceptance probability p / q."""
     halved = None if draft_probs is None else draft_probs * 0.5
-    return _upstream_rejection_sample(
-        draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, halved, *args, **kwargs
-    )
+    return _upstream_rejection_sample(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, halved, *args, **kwargs)
 
 
 class BiasedSampler(SelfSpecWorker):
