@@ -42,7 +42,7 @@ class _SelfSpecWorking:
         runner.effective_drafter_max_model_len = runner.max_model_len + config.num_speculative_tokens + 1
 
         if not runner.use_async_scheduling:
-            runner.propose_draft_token_ids = _skipping_gamma_0(runner.propose_draft_token_ids, runner.device)
+            runner.propose_draft_token_ids = _skipping_gamma_0(runner.propose_draft_token_ids)
 
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
@@ -139,13 +139,14 @@ class _SelfSpecWorking:
         return super().execute_model(scheduler_output)
 
 
-def _skipping_gamma_0(propose_draft_token_ids, device: torch.device):
-    """With gamma 0 upstream still prepares the drafter's inputs, request by request in Python: a tenth of a small model's step.
-    Synchronous scheduling needs nothing of it (asynchronous scheduling reads the counts of accepted tokens it leaves behind)."""
+def _skipping_gamma_0(propose_draft_token_ids):
+    """With gamma 0 upstream still prepares the drafter's inputs, request by request in Python, and copies a tensor without columns: a tenth
+    of a small model's step. Synchronous scheduling needs nothing of it (asynchronous scheduling reads the counts of accepted tokens
+    it leaves behind)."""
 
     def propose(scheduler_output: SchedulerOutput, *args, **kwargs):
         if scheduler_output.num_spec_tokens_to_schedule == 0:
-            return torch.empty(len(scheduler_output.num_scheduled_tokens), 0, dtype=torch.int64, device=device)
+            return [[] for _ in scheduler_output.num_scheduled_tokens]
         return propose_draft_token_ids(scheduler_output, *args, **kwargs)
 
     return propose
