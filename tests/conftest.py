@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import pytest
+
+# A shell starts what it sends to the background with SIGINT ignored, and so do all its children: tests that interrupt one would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _LINES: list[str] = []
 
