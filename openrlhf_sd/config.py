@@ -98,8 +98,8 @@ class SelfSpecConfig:
     audit: int = field(
         default=0,
         metadata={
-            "help": "Every this many rollouts score a few responses again without speculation, and stop the run where their logprobs differ by "
-            "more than bf16 noise. 0: never."
+            "help": "Every this many rollouts score a few responses again without speculation, and stop the run where their logprobs "
+            "differ by more than bf16 noise. 0: never."
         },
     )
     run_dir: str | None = field(

@@ -104,8 +104,8 @@ def _self_spec(flags: dict[str, Any]) -> Problems:
         )
     if flags["ds.load_in_4bit"]:
         yield SelfSpecError(
-            "--ds.load_in_4bit: does not work with --self-spec, because the trainer's packed 4-bit weights are none the engine can load or the "
-            "drafter be quantized from; train in bf16"
+            "--ds.load_in_4bit: does not work with --self-spec, because the trainer's packed 4-bit weights are none the engine can load or "
+            "the drafter be quantized from; train in bf16"
         )
     if flags["data.max_images_per_prompt"] > 0:
         yield SelfSpecError(
@@ -130,8 +130,8 @@ def _audit(config: SelfSpecConfig, flags: dict[str, Any]) -> Problems:
         yield SelfSpecError("--self-spec.audit: has nowhere to save evidence; add --self-spec.run_dir")
     if flags["train.partial_rollout_enable"]:
         yield SelfSpecError(
-            "--self-spec.audit: with --train.partial_rollout_enable the weights change in the middle of a response, so no one policy can score "
-            "it again; drop one of the two"
+            "--self-spec.audit: with --train.partial_rollout_enable the weights change in the middle of a response, so no one policy can "
+            "score it again; drop one of the two"
         )
     if flags["algo.advantage.is_correction_level"] != "off" and flags["rollout.top_p"] < 1:
         yield SelfSpecError(
@@ -144,7 +144,8 @@ def _dtype(flags: dict[str, Any]) -> Problems:
     """What OpenRLHF's weight sync asserts after the first training step (`trainer/ray/vllm_worker_wrap.py`): its engines are bf16."""
     if flags["ds.param_dtype"] != "bf16" and flags["vllm.num_engines"]:
         yield SelfSpecError(
-            f"--ds.param_dtype: OpenRLHF's vLLM engines are bf16 and refuse weights in {flags['ds.param_dtype']} at the first sync; use bf16"
+            f"--ds.param_dtype: OpenRLHF's vLLM engines are bf16 and refuse weights in {flags['ds.param_dtype']} at the first sync; "
+            "use bf16"
         )
 
 

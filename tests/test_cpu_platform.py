@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,7 @@ class Trainer:
             is_last = number == len(parameters)
             if is_last:
                 before_last()
-            with _meanwhile(lambda: self.group.broadcast(parameter.data, src=0)):
+            with _meanwhile(partial(self.group.broadcast, parameter.data, src=0)):
                 self.llm.collective_rpc("update_weight", args=(name, parameter.dtype, parameter.shape, is_last))
 
     def logprob_error(self) -> float:
