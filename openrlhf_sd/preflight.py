@@ -72,6 +72,7 @@ def flag_problems(config: SelfSpecConfig | None, upstream: argparse.Namespace) -
         yield from _ramp_up(config, flags)
     yield from _colocation(flags)
     yield from _dtype(flags)
+    yield from _dynamic_batch(flags)
 
 
 def warnings(upstream: argparse.Namespace) -> Iterator[str]:
@@ -146,6 +147,17 @@ def _dtype(flags: dict[str, Any]) -> Problems:
         yield SelfSpecError(
             f"--ds.param_dtype: OpenRLHF's vLLM engines are bf16 and refuse weights in {flags['ds.param_dtype']} at the first sync; "
             "use bf16"
+        )
+
+
+def _dynamic_batch(flags: dict[str, Any]) -> Problems:
+    """OpenRLHF updates once per whole train batch of a rollout (`NaiveReplayBuffer.setup_dynamic_batch`), and without one says nothing."""
+    samples = flags["rollout.batch_size"] * flags["rollout.n_samples_per_prompt"]
+    if flags["train.dynamic_batch_enable"] and samples < flags["train.batch_size"]:
+        yield SelfSpecError(
+            f"--train.batch_size: {flags['train.batch_size']} is more than the {samples} samples of a rollout (--rollout.batch_size x "
+            "--rollout.n_samples_per_prompt), so with --train.dynamic_batch_enable OpenRLHF would never update the policy; give "
+            f"--train.batch_size {samples} or less"
         )
 
 

@@ -95,6 +95,10 @@ SPOILED = {
         },
         "--self-spec.audit: the rollout's logprobs are those after --rollout.top_p",
     ),
+    "dynamic batch that would never update": (
+        {"--train.dynamic_batch_enable": None, "--rollout.batch_size": "31"},
+        "--train.batch_size: 128 is more than the 124 samples of a rollout",
+    ),
     "toggle that would never start": (
         # 4 prompts of 4 samples: 16 requests, and the guard waits for more than 32
         {"--self-spec": "toggle", "--rollout.batch_size": "4"},
