@@ -50,7 +50,8 @@ RESTLESS_SPREAD = 0.25
 """The median point spread over 8% on a CPU of two cores with some other work on it; medians hold up to a few times that."""
 
 MAX_NUM_SEQS = 256
-"""vLLM's own default on most machines; CUDA graphs are captured for batches up to it."""
+"""Of the sweep's own engines, unless a cell asks for more: CUDA graphs are captured for batches up to it. (Rollout engines run at most
+`preflight.VLLM_MAX_NUM_SEQS`.)"""
 
 OVERHEAD_BYTES = 2 << 30
 """Per engine, beside weights and KV cache: the processes on a CPU; workspace, activations and CUDA graphs on a GPU."""

@@ -19,7 +19,8 @@ RUN_CONFIG = "config.json"
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 
 VLLM_MAX_NUM_SEQS = 128
-"""Requests that vLLM runs at once where nobody says otherwise, as OpenRLHF's actor does not (`SchedulerConfig.DEFAULT_MAX_NUM_SEQS`)."""
+"""Requests that an engine of OpenRLHF runs at once, on a GPU and on a CPU: nobody says otherwise, and an `AsyncLLMEngine` takes
+`SchedulerConfig.DEFAULT_MAX_NUM_SEQS`. (A `vllm.LLM` would take 256 or more, by the device: `EngineArgs.get_batch_defaults`.)"""
 
 Problems = Iterator[SelfSpecError]
 

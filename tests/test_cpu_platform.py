@@ -211,11 +211,11 @@ def test_engine_kwargs_are_sized_for_shared_memory_and_keep_other_extensions():
     upstream = {"worker_extension_cls": UPSTREAM_WORKER_EXTENSION, "gpu_memory_utilization": 0.5, "max_model_len": 896}
     adapted = cpu_engine_kwargs(upstream, available_bytes=16 << 30, kv_bytes_per_token=1024)
     assert adapted["worker_extension_cls"] == CPU_WORKER_EXTENSION
-    # 256 requests x (896 + 128) tokens x 1024 bytes = 256 MiB, less than 16 GiB x 0.25 x 0.5
-    assert adapted["kv_cache_memory_bytes"] == 256 << 20
-    assert cpu_engine_kwargs(adapted, 1 << 30, 1024) == adapted
-    # 1 GiB x 0.25 x 0.5 = 128 MiB is all there is
-    assert cpu_engine_kwargs(upstream, 1 << 30, 1024)["kv_cache_memory_bytes"] == 128 << 20
+    # 128 requests x (896 + 128) tokens x 1024 bytes = 128 MiB, less than 16 GiB x 0.25 x 0.5
+    assert adapted["kv_cache_memory_bytes"] == 128 << 20
+    assert cpu_engine_kwargs(adapted, 1 << 29, 1024) == adapted
+    # 0.5 GiB x 0.25 x 0.5 = 64 MiB is all there is
+    assert cpu_engine_kwargs(upstream, 1 << 29, 1024)["kv_cache_memory_bytes"] == 64 << 20
     other = {**upstream, "worker_extension_cls": "a.b.C"}
     assert cpu_engine_kwargs(other, 1 << 30, 1024)["worker_extension_cls"] == "a.b.C"
 
