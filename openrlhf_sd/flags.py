@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from openrlhf_sd.config import DEFAULT_MODE, MODES, SelfSpecConfig, SelfSpecError
 from openrlhf_sd.gpus import GPUS
+from openrlhf_sd.path_names import check_names
 
 MODE_FLAG = "--self-spec"
 PREFIX = MODE_FLAG + "."
@@ -30,6 +31,12 @@ GPU_FLAG = PREFIX + "gpu"
 """With EXPLAIN_FLAG only: what is explained, not what runs, so it is no field of SelfSpecConfig."""
 
 UPSTREAM_MODULE = "openrlhf.cli.train_ppo_ray"
+UPSTREAM_PATHS = (
+    *("actor.model_name_or_path", "critic.model_name_or_path", "reward.model_name_or_path"),
+    *("data.prompt_dataset", "eval.dataset", "reward.remote_url", "train.agent_func_path"),
+    *("ckpt.output_dir", "ckpt.path", "logger.tensorboard_dir"),
+)
+"""OpenRLHF's flags whose values are files or folders, or lists of them with commas between; some also take names of a hub, or URLs."""
 
 FIELDS = {f.name: f for f in dataclasses.fields(SelfSpecConfig) if f.name != "mode"}
 """Every field of SelfSpecConfig but the mode is a flag `--self-spec.FIELD`; the mode is the value of `--self-spec`
@@ -68,6 +75,8 @@ def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None,
             rest.append(token)
 
     run_dir = values.get("run_dir")
+    if run_dir is not None:
+        check_names(run_dir, PREFIX + "run_dir")
     if "mode" in values:
         return SelfSpecConfig(**values), run_dir, rest
     for name in values:
@@ -199,7 +208,7 @@ def parse_upstream(argv: Sequence[str]) -> argparse.Namespace:
     """OpenRLHF's flags as a flat namespace with dotted names, every default filled in.
 
     Raises:
-        SelfSpecError: an unknown flag or a malformed value.
+        SelfSpecError: an unknown flag, a malformed value, or a path with a name that no file can have.
     """
     parser = upstream_parser()
     parsed, unknown = parser.parse_known_args(list(argv))
@@ -207,6 +216,10 @@ def parse_upstream(argv: Sequence[str]) -> argparse.Namespace:
         flag = next((token for token in unknown if token.startswith("-")), unknown[0])
         known = [*parser._option_string_actions, *our_flags()]
         raise SelfSpecError(f"{flag}: no such flag{_did_you_mean(flag.partition('=')[0], known)}")
+    for name in UPSTREAM_PATHS:
+        for path in (vars(parsed)[name] or "").split(","):
+            if "://" not in path:
+                check_names(path, f"--{name}")
     return parsed
 
 

@@ -14,6 +14,7 @@ from experiment import ARMS, EXAMPLES, Experiment, check_choice
 
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.flags import MODE_FLAG, PREFIX
+from openrlhf_sd.path_names import check_names
 
 RUN_DIR = PREFIX + "run_dir"
 Flags = dict[str, list[str]]
@@ -59,12 +60,14 @@ def arm_flags(
         steps: GRPO steps in one pass over as many prompts; None: the experiment's own number.
 
     Raises:
-        SelfSpecError: an unknown arm, or overrides that make it another one.
+        SelfSpecError: an unknown arm, overrides that make it another one, or a folder that cannot have its name.
     """
     check_choice("ARM", arm, ARMS)
     overrides = dict(overrides or {})
     if MODE_FLAG in overrides:
         raise SelfSpecError(f"{MODE_FLAG}: the arm says this already; name another ARM instead")
+    check_names(model or "", "--model-dir")
+    check_names(data or "", "--data-dir")
     run_dir = Path(_only_value(overrides, RUN_DIR) if RUN_DIR in overrides else run_dir).absolute()
     places = {"examples": EXAMPLES, "run": run_dir, "out": run_dir.parent}
     places["model"] = Path(experiment.model.format_map(places)).absolute() if model is None else _model(model)

@@ -24,6 +24,7 @@ from inputs import make_inputs
 
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.flags import PREFIX
+from openrlhf_sd.path_names import check_names
 
 PROG = "compare.sh"
 DEFAULT_ARMS = "vanilla,fixed,adaptive,auto"
@@ -54,6 +55,7 @@ def run(argv: Sequence[str] | None) -> int:
     parser.add_shared_flags()
     args, override_tokens = parser.parse_known_args(argv)
     experiment, overrides = load(args.model), parse_flags(override_tokens)
+    check_names(args.out or "", "--out")
     out = (args.out or Path("runs", f"{args.model}-compared")).absolute()
     runs = [
         planned_run(experiment, arm, seed, out / f"{arm}-seed{seed}", overrides, args.model_dir, args.data_dir, args.steps)
