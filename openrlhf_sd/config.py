@@ -102,10 +102,6 @@ class SelfSpecConfig:
             "differ by more than bf16 noise. 0: never."
         },
     )
-    run_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for config.json, provenance.json, metrics.jsonl. Alone (no mode) it records a vanilla run."},
-    )
 
     def __post_init__(self) -> None:
         _require(self.mode in MODES, "--self-spec", f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")

@@ -25,6 +25,9 @@ from openrlhf_sd.path_names import check_names
 
 MODE_FLAG = "--self-spec"
 PREFIX = MODE_FLAG + "."
+RUN_DIR_FLAG = PREFIX + "run_dir"
+"""Where records go, not how to speculate: a vanilla run has it too, so it is no field of SelfSpecConfig."""
+
 EXPLAIN_FLAG = "--explain"
 EXPLAIN_FORMATS = ("text", "json")
 GPU_FLAG = PREFIX + "gpu"
@@ -47,8 +50,7 @@ def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None,
     """Take our flags out of a command line.
 
     Returns:
-        (config, run_dir, rest): config is None without `--self-spec`; run_dir is also in the config when there is one;
-        rest is left for OpenRLHF.
+        (config, run_dir, rest): config is None without `--self-spec`, run_dir without RUN_DIR_FLAG; rest is left for OpenRLHF.
 
     Raises:
         SelfSpecError: an unknown or repeated flag of ours, a missing or malformed value, a value out of bounds, or a
@@ -64,6 +66,8 @@ def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None,
             if not has_value:
                 value = tokens.pop(0) if tokens and not tokens[0].startswith("-") else DEFAULT_MODE
             _set_once(values, "mode", flag, value)
+        elif flag == RUN_DIR_FLAG:
+            _set_once(values, "run_dir", flag, value if has_value else _next_value(flag, tokens))
         elif flag.startswith(PREFIX):
             name = flag.removeprefix(PREFIX)
             if flag == GPU_FLAG:
@@ -74,15 +78,13 @@ def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None,
         else:
             rest.append(token)
 
-    run_dir = values.get("run_dir")
+    run_dir = values.pop("run_dir", None)
     if run_dir is not None:
-        check_names(run_dir, PREFIX + "run_dir")
+        check_names(run_dir, RUN_DIR_FLAG)
     if "mode" in values:
         return SelfSpecConfig(**values), run_dir, rest
     for name in values:
-        if name != "run_dir":
-            mend = f"add {MODE_FLAG} {DEFAULT_MODE} or drop it"
-            raise SelfSpecError(f"{PREFIX}{name}: means nothing without {MODE_FLAG}; {mend}")
+        raise SelfSpecError(f"{PREFIX}{name}: means nothing without {MODE_FLAG}; add {MODE_FLAG} {DEFAULT_MODE} or drop it")
     return None, run_dir, rest
 
 
@@ -119,7 +121,7 @@ def take_explain_flags(argv: Sequence[str]) -> tuple[str, str | None, list[str]]
 
 
 def our_flags() -> list[str]:
-    return [MODE_FLAG, *(PREFIX + name for name in FIELDS), EXPLAIN_FLAG, GPU_FLAG]
+    return [MODE_FLAG, *(PREFIX + name for name in FIELDS), RUN_DIR_FLAG, EXPLAIN_FLAG, GPU_FLAG]
 
 
 def our_help() -> str:
@@ -138,6 +140,8 @@ def our_help() -> str:
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         suffix = "" if default is None else f" (default: {shown})"
         group.add_argument(PREFIX + name, metavar=name.upper(), help=(f.metadata["help"] + suffix).replace("%", "%%"))
+    records = "Folder for config.json, provenance.json, metrics.jsonl. Alone (no mode) it records a vanilla run."
+    group.add_argument(RUN_DIR_FLAG, metavar="RUN_DIR", help=records)
     explain = parser.add_argument_group("what would run, without running it (openrlhf_sd)")
     explain.add_argument(
         EXPLAIN_FLAG,

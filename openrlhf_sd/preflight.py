@@ -54,7 +54,7 @@ def problems(
         model_config: the policy's config.json; None where only the hub knows it.
     """
     flags = vars(upstream)
-    yield from flag_problems(config, upstream)
+    yield from flag_problems(config, run_dir, upstream)
     if model_config is not None:
         yield from _context_length(model_config, flags)
         if config is not None:
@@ -64,12 +64,12 @@ def problems(
         yield SelfSpecError(f"--self-spec.run_dir: {run_dir} already holds a run; give another folder")
 
 
-def flag_problems(config: SelfSpecConfig | None, upstream: argparse.Namespace) -> Problems:
-    """Those of them that show in the flags alone, without the model, the data or a folder."""
+def flag_problems(config: SelfSpecConfig | None, run_dir: str | None, upstream: argparse.Namespace) -> Problems:
+    """Those of them that show in the flags alone, without a look at the model, the data or a folder."""
     flags = vars(upstream)
     if config is not None:
         yield from _self_spec(flags)
-        yield from _audit(config, flags)
+        yield from _audit(config, run_dir, flags)
         yield from _ramp_up(config, flags)
     yield from _colocation(flags)
     yield from _dtype(flags)
@@ -125,10 +125,10 @@ def _self_spec(flags: dict[str, Any]) -> Problems:
         yield SelfSpecError("--vllm.num_engines: --self-spec speculates inside vLLM engines; give at least 1")
 
 
-def _audit(config: SelfSpecConfig, flags: dict[str, Any]) -> Problems:
+def _audit(config: SelfSpecConfig, run_dir: str | None, flags: dict[str, Any]) -> Problems:
     if not config.audit:
         return
-    if config.run_dir is None:
+    if run_dir is None:
         yield SelfSpecError("--self-spec.audit: has nowhere to save evidence; add --self-spec.run_dir")
     if flags["train.partial_rollout_enable"]:
         yield SelfSpecError(

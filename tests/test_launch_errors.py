@@ -204,7 +204,7 @@ def test_a_failed_run_is_recorded_as_failed_and_its_secrets_are_not(good_flags, 
     config = json.loads((run_dir / "config.json").read_text())
     provenance = json.loads((run_dir / "provenance.json").read_text())
     assert config["arm"] == "fixed"
-    assert config["self_spec"]["run_dir"] == str(run_dir)
+    assert config["self_spec"]["mode"] == "fixed"
     assert config["openrlhf"]["logger.tensorboard_dir"] == str(run_dir / "tensorboard")
     assert provenance["status"] == "failed"
     assert provenance["ended_unix_s"] >= provenance["started_unix_s"]

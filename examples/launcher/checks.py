@@ -17,9 +17,9 @@ def check_flags(experiment: Experiment, flags: Flags) -> None:
     Raises:
         SelfSpecError: a flag that neither OpenRLHF nor we know, or a value or a combination that one of us refuses.
     """
-    config, _, upstream_argv = launch_flags.split_flags(to_argv(flags))
+    config, run_dir, upstream_argv = launch_flags.split_flags(to_argv(flags))
     upstream = launch_flags.parse_upstream(upstream_argv)
-    for problem in preflight.flag_problems(config, upstream):
+    for problem in preflight.flag_problems(config, run_dir, upstream):
         raise problem
     if experiment.gpus == 0 and platform.is_needed():
         preflight.check_cpu(upstream)
