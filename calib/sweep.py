@@ -37,6 +37,7 @@ from calib.sweep_plan import Cell
 from calib.taking_turns import TakingTurns
 from calib.timing_engine import EngineSettings, TimingEngine
 from openrlhf_sd.config import MAX_GAMMA, QUANT_SCHEMES, SelfSpecConfig, SelfSpecError
+from openrlhf_sd.path_names import check_names
 from openrlhf_sd.policy.model_constants import ModelConstants
 
 CELL_S = 4.0
@@ -93,6 +94,7 @@ def sweep(args: Any) -> int:
 
     # No markup: names of files and models are printed.
     console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=120)
+    check_names(args.out, "--out")
     config = read_model_config(args.model)
     check_model(config, "--model")
     check_weights(args.model, "--model")

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 from run_folders import FIXED, FLAGS, make_run
 
+from calib import sweep
+from data_prep import simplerl_zoo
 from openrlhf_sd import flags, launch
 from openrlhf_sd.config import SelfSpecError, printable
 from openrlhf_sd.metrics import SpecDecodeCounts, append_row
@@ -331,8 +333,6 @@ def test_errors_name_hostile_files_as_text(tmp_path, capsys):
 
 def test_a_sweep_prints_hostile_file_names_as_text(tmp_path, monkeypatch, capsys):
     """rich would read `[/]` as markup that closes nothing, and end with a traceback."""
-    from calib import sweep
-
     model = tmp_path / "model"
     model.mkdir()
     config = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -369,6 +369,8 @@ LONG = "out/" + "ä" * 128
         (compare_arms, ["quickstart", "--out", LONG], "--out"),
         (compare_arms, ["quickstart", "--dry-run", "--out", LONG], "--out"),
         (quickstart, ["--out", LONG], "--out"),
+        (sweep, ["--model", "m", "--out", LONG], "--out"),
+        (simplerl_zoo, ["--level", "hard", "--model", "qwen", "--out", LONG], "--out"),
     ],
 )
 def test_a_name_longer_than_any_file_can_have_is_one_line(program, argv, named, monkeypatch, tmp_path, capsys):
