@@ -1,13 +1,12 @@
 """The calibration of this machine for a model: shipped, or measured here once and kept.
 
-    python -m calib.automatic --model DIR [--quant w8a8] [--tensor-parallel-size 1] [--logprobs 0]        # prints the path of the calibration
+    python -m calib.automatic --model DIR [--quant w8a8] [--tensor-parallel-size 1] [--logprobs 0]    # prints the path of the calibration
 
-This is `--self-spec.calibration auto`. Without a shipped calibration for exactly this device, model, drafter and tensor-parallel
-size it runs `calib.sweep --quick` in a process of its own (a minute or two) and fits it, with a shipped calibration of another
-model on the same device as the prior if there is one. What it made lies in
-${XDG_CACHE_HOME:-~/.cache}/openrlhf_sd/calibrations under a digest of the hardware, the model's shape, drafter, tensor-parallel
-size, logprobs and versions; a change in any of them measures anew, a change in the form of the cost model fits the kept sweep anew. An
-interrupted sweep goes on. Delete the files to measure again.
+This is `--self-spec.calibration auto`. Without a shipped calibration for exactly this device, model, drafter and tensor-parallel size it
+runs `calib.sweep --quick` in a process of its own (a minute or two) and fits it, with a shipped calibration of another model on the same
+device as the prior if there is one. What it made lies in ${XDG_CACHE_HOME:-~/.cache}/openrlhf_sd/calibrations under a digest of the
+hardware, the model's shape, drafter, tensor-parallel size, logprobs and versions; a change in any of them measures anew, a change in the
+form of the cost model fits the kept sweep anew. An interrupted sweep goes on. Delete the files to measure again.
 """
 
 from __future__ import annotations
@@ -79,7 +78,8 @@ def calibrate_this_machine(model: str | Path, quant: str, tensor_parallel_size: 
             return path
         sweep_path = folder / f"{key}-{Path(model).resolve().name}.csv"
         _say(
-            f"no calibration for this machine and model yet; measuring, once: a minute for a small model, many for a large one on a CPU ({sweep_path})"
+            "no calibration for this machine and model yet; measuring, once: a minute for a small model, many for a large one on a CPU "
+            f"({sweep_path})"
         )
         _sweep(model, quant, tensor_parallel_size, logprobs, sweep_path)
         _fit(sweep_path, config, identity).save(path)

@@ -147,7 +147,8 @@ def markdown(models: Sequence[Model], results: dict[Cell, dict[str, Any]]) -> It
         yield ""
     num_failed = sum(bool(failures(cell, found)) for cell, found in results.items())
     shares = [engine["extrapolated_share"] for found in results.values() for engine in found.values()]
-    yield f"{len(results)} cells, {num_failed} with a missed check. Steps outside the measured grid: {min(shares):.0%} to {max(shares):.0%}."
+    outside = f"{min(shares):.0%} to {max(shares):.0%}"
+    yield f"{len(results)} cells, {num_failed} with a missed check. Steps outside the measured grid: {outside}."
 
 
 def _row(cell: Cell, found: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ from calib.sweep_plan import Cell
 from calib.taking_turns import TakingTurns
 from calib.timing_engine import EngineSettings, TimingEngine
 from openrlhf_sd.config import MAX_GAMMA, QUANT_SCHEMES, SelfSpecConfig, SelfSpecError
+from openrlhf_sd.path_names import check_names
 from openrlhf_sd.policy.model_constants import ModelConstants
 
 CELL_S = 4.0
@@ -50,7 +51,8 @@ RESTLESS_SPREAD = 0.25
 """The median point spread over 8% on a CPU of two cores with some other work on it; medians hold up to a few times that."""
 
 MAX_NUM_SEQS = 256
-"""vLLM's own default on most machines; CUDA graphs are captured for batches up to it."""
+"""Of the sweep's own engines, unless a cell asks for more: CUDA graphs are captured for batches up to it. (Rollout engines run at most
+`preflight.VLLM_MAX_NUM_SEQS`.)"""
 
 OVERHEAD_BYTES = 2 << 30
 """Per engine, beside weights and KV cache: the processes on a CPU; workspace, activations and CUDA graphs on a GPU."""
@@ -92,6 +94,7 @@ def sweep(args: Any) -> int:
 
     # No markup: names of files and models are printed.
     console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=120)
+    check_names(args.out, "--out")
     config = read_model_config(args.model)
     check_model(config, "--model")
     check_weights(args.model, "--model")

@@ -94,8 +94,14 @@ CPU_PRIORS = {
 
 RATES = ("stream_bytes_per_s", "gemm_flops_per_s", "draft_flops_per_s")
 RATIOS = (
-    "switch_half_rows", "wide_tile_gain", "roofline_exponent", "attention_pair_cost", "activation_passes", "draft_bytes_per_stream_byte", "draft_exponent",
-)  # fmt: skip
+    "switch_half_rows",
+    "wide_tile_gain",
+    "roofline_exponent",
+    "attention_pair_cost",
+    "activation_passes",
+    "draft_bytes_per_stream_byte",
+    "draft_exponent",
+)
 """Every other prior is in seconds, and is rescaled with the machine's speed as rates are."""
 
 

@@ -25,6 +25,7 @@ from data_prep import chat_prompts, prompt_folder
 from data_prep.source_files import HUB_ID, LEVEL_FOLDERS, SourceFiles, find_source
 from data_prep.zoo_rows import read_rows
 from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.path_names import check_names
 
 PROGRAM = "data_prep.simplerl_zoo"
 
@@ -53,6 +54,7 @@ def _parser() -> CommandParser:
 
 def prepare(args: argparse.Namespace) -> None:
     """Make the folder, or verify it if it is there. Raises SelfSpecError."""
+    check_names(args.out, "--out")
     manifest = prompt_folder.read_manifest(args.out)
     source = find_source(args.source, args.level)
     tokenizer_name = args.tokenizer or chat_prompts.DEFAULT_TOKENIZERS[args.model]

@@ -1,7 +1,7 @@
 """`--self-spec.audit N`: every N rollouts a few responses are scored again by the same engine without speculation.
 
-The logprobs that came with the sampled tokens are those of the policy as speculation left its KV cache; a prefill of the same tokens computes
-them anew. What differs by more than bf16 arithmetic was generated from a wrong state, and stops the run.
+The logprobs that came with the sampled tokens are those of the policy as speculation left its KV cache; a prefill of the same tokens
+computes them anew. What differs by more than bf16 arithmetic was generated from a wrong state, and stops the run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 NUM_RESPONSES = 4
 STRIDE = 8
-"""Every eighth request of a rollout, by the order they start in: chosen before anyone knows how long they become, and of several prompts."""
+"""Every eighth request of a rollout, in the order they start: chosen before anyone knows how long they become, and of several prompts."""
 
 MAX_MEAN = 0.05
 """Mean |difference| per token. Between a decode and a prefill of the same tokens 0.002 to 0.01 was measured (docs/modes.md)."""
@@ -106,7 +106,7 @@ def save_evidence(folder: Path, rollout: int, engine: int, result: Audit, respon
     except OSError as error:
         where = f"the evidence could not be saved to {path} ({error.strerror})"
     return AuditError(
-        f"--self-spec.audit: rollout {rollout} of engine {engine}: {result.num_tokens} sampled tokens scored again without speculation differ by "
-        f"{result.mean_abs_diff:.3f} in mean logprob ({result.max_abs_diff:.2f} at most, {result.num_far} by more than {FAR}), more than bf16 "
-        f"noise; {where}"
+        f"--self-spec.audit: rollout {rollout} of engine {engine}: {result.num_tokens} sampled tokens scored again without speculation "
+        f"differ by {result.mean_abs_diff:.3f} in mean logprob ({result.max_abs_diff:.2f} at most, {result.num_far} by more than {FAR}), "
+        f"more than bf16 noise; {where}"
     )

@@ -6,8 +6,9 @@
 What is measured: `LLM.generate` of BATCH distinct prompts, TOKENS sampled tokens each (temperature 1, end of text ignored), wall time.
 `tailN` is a small rollout: N requests of which most end early (TAIL_LENGTHS), so that the batch shrinks to 1. The columns are constant
 gammas, then modes, which decide by the calibration (`auto`: the quick sweep of this machine, measured now if it never was) and start
-their ramp-up guard at 0; a mode's controller learns over the rounds as over the rollouts of a training. Both engines live in processes of their own and take turns, A B A B, in every round: a ratio is formed within a round, so that a
-machine that drifts hurts both alike. The baseline is plain vLLM with the same settings, never our engine with speculation off.
+their ramp-up guard at 0; a mode's controller learns over the rounds as over the rollouts of a training. Both engines live in processes
+of their own and take turns, A B A B, in every round: a ratio is formed within a round, so that a machine that drifts hurts both alike.
+The baseline is plain vLLM with the same settings, never our engine with speculation off.
 
 What to expect: a cycle costs gamma draft steps and one step on gamma + 1 tokens per request, and yields the mean acceptance length in
 tokens. It pays where a step's cost hardly grows with its tokens (weights streamed from memory) and the drafter's step is cheap.

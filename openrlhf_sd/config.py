@@ -98,13 +98,9 @@ class SelfSpecConfig:
     audit: int = field(
         default=0,
         metadata={
-            "help": "Every this many rollouts score a few responses again without speculation, and stop the run where their logprobs differ by "
-            "more than bf16 noise. 0: never."
+            "help": "Every this many rollouts score a few responses again without speculation, and stop the run where their logprobs "
+            "differ by more than bf16 noise. 0: never."
         },
-    )
-    run_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for config.json, provenance.json, metrics.jsonl. Alone (no mode) it records a vanilla run."},
     )
 
     def __post_init__(self) -> None:

@@ -21,15 +21,25 @@ from typing import Any, NoReturn
 
 from openrlhf_sd.config import DEFAULT_MODE, MODES, SelfSpecConfig, SelfSpecError
 from openrlhf_sd.gpus import GPUS
+from openrlhf_sd.path_names import check_names
 
 MODE_FLAG = "--self-spec"
 PREFIX = MODE_FLAG + "."
+RUN_DIR_FLAG = PREFIX + "run_dir"
+"""Where records go, not how to speculate: a vanilla run has it too, so it is no field of SelfSpecConfig."""
+
 EXPLAIN_FLAG = "--explain"
 EXPLAIN_FORMATS = ("text", "json")
 GPU_FLAG = PREFIX + "gpu"
 """With EXPLAIN_FLAG only: what is explained, not what runs, so it is no field of SelfSpecConfig."""
 
 UPSTREAM_MODULE = "openrlhf.cli.train_ppo_ray"
+UPSTREAM_PATHS = (
+    *("actor.model_name_or_path", "critic.model_name_or_path", "reward.model_name_or_path"),
+    *("data.prompt_dataset", "eval.dataset", "reward.remote_url", "train.agent_func_path"),
+    *("ckpt.output_dir", "ckpt.path", "logger.tensorboard_dir"),
+)
+"""OpenRLHF's flags whose values are files or folders, or lists of them with commas between; some also take names of a hub, or URLs."""
 
 FIELDS = {f.name: f for f in dataclasses.fields(SelfSpecConfig) if f.name != "mode"}
 """Every field of SelfSpecConfig but the mode is a flag `--self-spec.FIELD`; the mode is the value of `--self-spec`
@@ -40,8 +50,7 @@ def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None,
     """Take our flags out of a command line.
 
     Returns:
-        (config, run_dir, rest): config is None without `--self-spec`; run_dir is also in the config when there is one;
-        rest is left for OpenRLHF.
+        (config, run_dir, rest): config is None without `--self-spec`, run_dir without RUN_DIR_FLAG; rest is left for OpenRLHF.
 
     Raises:
         SelfSpecError: an unknown or repeated flag of ours, a missing or malformed value, a value out of bounds, or a
@@ -57,6 +66,8 @@ def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None,
             if not has_value:
                 value = tokens.pop(0) if tokens and not tokens[0].startswith("-") else DEFAULT_MODE
             _set_once(values, "mode", flag, value)
+        elif flag == RUN_DIR_FLAG:
+            _set_once(values, "run_dir", flag, value if has_value else _next_value(flag, tokens))
         elif flag.startswith(PREFIX):
             name = flag.removeprefix(PREFIX)
             if flag == GPU_FLAG:
@@ -67,13 +78,13 @@ def split_flags(argv: Sequence[str]) -> tuple[SelfSpecConfig | None, str | None,
         else:
             rest.append(token)
 
-    run_dir = values.get("run_dir")
+    run_dir = values.pop("run_dir", None)
+    if run_dir is not None:
+        check_names(run_dir, RUN_DIR_FLAG)
     if "mode" in values:
         return SelfSpecConfig(**values), run_dir, rest
     for name in values:
-        if name != "run_dir":
-            mend = f"add {MODE_FLAG} {DEFAULT_MODE} or drop it"
-            raise SelfSpecError(f"{PREFIX}{name}: means nothing without {MODE_FLAG}; {mend}")
+        raise SelfSpecError(f"{PREFIX}{name}: means nothing without {MODE_FLAG}; add {MODE_FLAG} {DEFAULT_MODE} or drop it")
     return None, run_dir, rest
 
 
@@ -110,7 +121,7 @@ def take_explain_flags(argv: Sequence[str]) -> tuple[str, str | None, list[str]]
 
 
 def our_flags() -> list[str]:
-    return [MODE_FLAG, *(PREFIX + name for name in FIELDS), EXPLAIN_FLAG, GPU_FLAG]
+    return [MODE_FLAG, *(PREFIX + name for name in FIELDS), RUN_DIR_FLAG, EXPLAIN_FLAG, GPU_FLAG]
 
 
 def our_help() -> str:
@@ -129,6 +140,8 @@ def our_help() -> str:
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         suffix = "" if default is None else f" (default: {shown})"
         group.add_argument(PREFIX + name, metavar=name.upper(), help=(f.metadata["help"] + suffix).replace("%", "%%"))
+    records = "Folder for config.json, provenance.json, metrics.jsonl. Alone (no mode) it records a vanilla run."
+    group.add_argument(RUN_DIR_FLAG, metavar="RUN_DIR", help=records)
     explain = parser.add_argument_group("what would run, without running it (openrlhf_sd)")
     explain.add_argument(
         EXPLAIN_FLAG,
@@ -199,7 +212,7 @@ def parse_upstream(argv: Sequence[str]) -> argparse.Namespace:
     """OpenRLHF's flags as a flat namespace with dotted names, every default filled in.
 
     Raises:
-        SelfSpecError: an unknown flag or a malformed value.
+        SelfSpecError: an unknown flag, a malformed value, or a path with a name that no file can have.
     """
     parser = upstream_parser()
     parsed, unknown = parser.parse_known_args(list(argv))
@@ -207,6 +220,10 @@ def parse_upstream(argv: Sequence[str]) -> argparse.Namespace:
         flag = next((token for token in unknown if token.startswith("-")), unknown[0])
         known = [*parser._option_string_actions, *our_flags()]
         raise SelfSpecError(f"{flag}: no such flag{_did_you_mean(flag.partition('=')[0], known)}")
+    for name in UPSTREAM_PATHS:
+        for path in (vars(parsed)[name] or "").split(","):
+            if "://" not in path:
+                check_names(path, f"--{name}")
     return parsed
 
 

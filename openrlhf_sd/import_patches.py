@@ -31,15 +31,17 @@ class _PatchingFinder:
         for finder in sys.meta_path:
             spec = finder.find_spec(name, path, target) if finder is not self else None
             if spec is not None and spec.loader is not None:
-                load_module = spec.loader.exec_module
-
-                def exec_module(module: ModuleType) -> None:
-                    with patch(module):
-                        load_module(module)
-
-                spec.loader.exec_module = exec_module
+                spec.loader.exec_module = _patched(spec.loader.exec_module, patch)
                 return spec
         return None
+
+
+def _patched(load_module: Callable[[ModuleType], None], patch: ModulePatch) -> Callable[[ModuleType], None]:
+    def exec_module(module: ModuleType) -> None:
+        with patch(module):
+            load_module(module)
+
+    return exec_module
 
 
 _FINDER = _PatchingFinder()

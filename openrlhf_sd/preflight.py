@@ -19,7 +19,8 @@ RUN_CONFIG = "config.json"
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 
 VLLM_MAX_NUM_SEQS = 128
-"""Requests that vLLM runs at once where nobody says otherwise, as OpenRLHF's actor does not (`SchedulerConfig.DEFAULT_MAX_NUM_SEQS`)."""
+"""Requests that an engine of OpenRLHF runs at once, on a GPU and on a CPU: nobody says otherwise, and an `AsyncLLMEngine` takes
+`SchedulerConfig.DEFAULT_MAX_NUM_SEQS`. (A `vllm.LLM` would take 256 or more, by the device: `EngineArgs.get_batch_defaults`.)"""
 
 Problems = Iterator[SelfSpecError]
 
@@ -53,7 +54,7 @@ def problems(
         model_config: the policy's config.json; None where only the hub knows it.
     """
     flags = vars(upstream)
-    yield from flag_problems(config, upstream)
+    yield from flag_problems(config, run_dir, upstream)
     if model_config is not None:
         yield from _context_length(model_config, flags)
         if config is not None:
@@ -63,15 +64,16 @@ def problems(
         yield SelfSpecError(f"--self-spec.run_dir: {run_dir} already holds a run; give another folder")
 
 
-def flag_problems(config: SelfSpecConfig | None, upstream: argparse.Namespace) -> Problems:
-    """Those of them that show in the flags alone, without the model, the data or a folder."""
+def flag_problems(config: SelfSpecConfig | None, run_dir: str | None, upstream: argparse.Namespace) -> Problems:
+    """Those of them that show in the flags alone, without a look at the model, the data or a folder."""
     flags = vars(upstream)
     if config is not None:
         yield from _self_spec(flags)
-        yield from _audit(config, flags)
+        yield from _audit(config, run_dir, flags)
         yield from _ramp_up(config, flags)
     yield from _colocation(flags)
     yield from _dtype(flags)
+    yield from _dynamic_batch(flags)
 
 
 def warnings(upstream: argparse.Namespace) -> Iterator[str]:
@@ -104,8 +106,8 @@ def _self_spec(flags: dict[str, Any]) -> Problems:
         )
     if flags["ds.load_in_4bit"]:
         yield SelfSpecError(
-            "--ds.load_in_4bit: does not work with --self-spec, because the trainer's packed 4-bit weights are none the engine can load or the "
-            "drafter be quantized from; train in bf16"
+            "--ds.load_in_4bit: does not work with --self-spec, because the trainer's packed 4-bit weights are none the engine can load or "
+            "the drafter be quantized from; train in bf16"
         )
     if flags["data.max_images_per_prompt"] > 0:
         yield SelfSpecError(
@@ -123,15 +125,15 @@ def _self_spec(flags: dict[str, Any]) -> Problems:
         yield SelfSpecError("--vllm.num_engines: --self-spec speculates inside vLLM engines; give at least 1")
 
 
-def _audit(config: SelfSpecConfig, flags: dict[str, Any]) -> Problems:
+def _audit(config: SelfSpecConfig, run_dir: str | None, flags: dict[str, Any]) -> Problems:
     if not config.audit:
         return
-    if config.run_dir is None:
+    if run_dir is None:
         yield SelfSpecError("--self-spec.audit: has nowhere to save evidence; add --self-spec.run_dir")
     if flags["train.partial_rollout_enable"]:
         yield SelfSpecError(
-            "--self-spec.audit: with --train.partial_rollout_enable the weights change in the middle of a response, so no one policy can score "
-            "it again; drop one of the two"
+            "--self-spec.audit: with --train.partial_rollout_enable the weights change in the middle of a response, so no one policy can "
+            "score it again; drop one of the two"
         )
     if flags["algo.advantage.is_correction_level"] != "off" and flags["rollout.top_p"] < 1:
         yield SelfSpecError(
@@ -144,7 +146,19 @@ def _dtype(flags: dict[str, Any]) -> Problems:
     """What OpenRLHF's weight sync asserts after the first training step (`trainer/ray/vllm_worker_wrap.py`): its engines are bf16."""
     if flags["ds.param_dtype"] != "bf16" and flags["vllm.num_engines"]:
         yield SelfSpecError(
-            f"--ds.param_dtype: OpenRLHF's vLLM engines are bf16 and refuse weights in {flags['ds.param_dtype']} at the first sync; use bf16"
+            f"--ds.param_dtype: OpenRLHF's vLLM engines are bf16 and refuse weights in {flags['ds.param_dtype']} at the first sync; "
+            "use bf16"
+        )
+
+
+def _dynamic_batch(flags: dict[str, Any]) -> Problems:
+    """OpenRLHF updates once per whole train batch of a rollout (`NaiveReplayBuffer.setup_dynamic_batch`), and without one says nothing."""
+    samples = flags["rollout.batch_size"] * flags["rollout.n_samples_per_prompt"]
+    if flags["train.dynamic_batch_enable"] and samples < flags["train.batch_size"]:
+        yield SelfSpecError(
+            f"--train.batch_size: {flags['train.batch_size']} is more than the {samples} samples of a rollout (--rollout.batch_size x "
+            "--rollout.n_samples_per_prompt), so with --train.dynamic_batch_enable OpenRLHF would never update the policy; give "
+            f"--train.batch_size {samples} or less"
         )
 
 

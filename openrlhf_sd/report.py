@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.path_names import check_names
 from openrlhf_sd.report_arms import Arm, group_arms
 from openrlhf_sd.report_cells import text
 from openrlhf_sd.report_page import markdown, page
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.warmup_steps < 0:
             raise SelfSpecError(f"--warmup-steps: {args.warmup_steps} must be 0 or more")
+        for run_dir in args.run_dirs:
+            check_names(run_dir, "RUN_DIR")
+        check_names(args.baseline or "", "--baseline")
+        check_names(args.out, "--out")
         write_report(args.run_dirs, Path(args.out), args.baseline, args.warmup_steps)
     except SelfSpecError as error:
         print(f"openrlhf-sd compare: {error}", file=sys.stderr)

@@ -55,9 +55,8 @@ def group_arms(runs: list[RunRecords]) -> list[Arm]:
 
 def _settings_key(run: RunRecords) -> str:
     """Equal for replicates: everything that can change what is generated or how fast, but for the seed."""
-    self_spec = run.config["self_spec"] and {k: v for k, v in run.config["self_spec"].items() if k != "run_dir"}
     flags = {flag: value for flag, value in run.config["openrlhf"].items() if is_compared(flag)}
-    return json.dumps([run.arm, self_spec, flags], sort_keys=True)
+    return json.dumps([run.arm, run.config["self_spec"], flags], sort_keys=True)
 
 
 def _labels(runs: list[RunRecords]) -> list[str]:

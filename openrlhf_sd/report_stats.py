@@ -21,8 +21,8 @@ from openrlhf_sd.report_summary import ArmSummary, s_per_token, summarize, timed
 from openrlhf_sd.run_records import REWARD, ROLLOUT_S, RunRecords
 
 NEVER_DRAFTED = (
-    "drafted nothing in any rollout, so this arm is plain decoding: its predictions never promised a gain large enough (run_dir/calibration.json "
-    "holds them)"
+    "drafted nothing in any rollout, so this arm is plain decoding: its predictions never promised a gain large enough "
+    "(run_dir/calibration.json holds them)"
 )
 
 

@@ -91,7 +91,8 @@ def _timeline_plot(label: str, index: int, chosen: ChosenRollout) -> Plot:
     lower.set_xlabel("time in the rollout [s]")
     share = speculated_share(list(timeline), "seconds")
     caption = (
-        f"Run {chosen.run.run_dir.name}, training step {chosen.step}, engine {chosen.engine.engine} (the slowest). Blue: steps that draft, {100 * share:.0f}% of the time. "
+        f"Run {chosen.run.run_dir.name}, training step {chosen.step}, engine {chosen.engine.engine} (the slowest). "
+        f"Blue: steps that draft, {100 * share:.0f}% of the time. "
         "The batch is drawn straight between the first and the last step of each recorded stretch."
     )
     return finish(figure, upper, f"γ and active batch in the {chosen.why}: {label}", caption)

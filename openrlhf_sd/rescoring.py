@@ -87,8 +87,7 @@ class Auditor:
         try:
             scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
             prompt = TokensPrompt(prompt_token_ids=prompt_token_ids + token_ids)
-            async for output in self._llm.generate(prompt, scoring, request_id=random_uuid()):
-                pass
+            scored = [output async for output in self._llm.generate(prompt, scoring, request_id=random_uuid())][-1]
         finally:
             await self._llm.collective_rpc("self_spec_score_at", args=(1.0,))
         first = len(prompt_token_ids)
@@ -99,7 +98,7 @@ class Auditor:
             temperature=temperature,
             num_skipped=num_skipped,
             rollout_logprobs=[_logprob(completion.logprobs, i, token_ids[i], "rollout") for i in positions],
-            rescored_logprobs=[_logprob(output.prompt_logprobs, first + i, token_ids[i], "rescoring") for i in positions],
+            rescored_logprobs=[_logprob(scored.prompt_logprobs, first + i, token_ids[i], "rescoring") for i in positions],
         )
 
 

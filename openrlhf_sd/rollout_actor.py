@@ -13,8 +13,8 @@ from openrlhf_sd.row_writer import RowWriter
 
 
 def plain_rollout_actor(upstream_actor: Any) -> Any:
-    """Ray actor class: `upstream_actor`, a vanilla engine, plus one row in metrics.jsonl per rollout. Ray refuses to subclass an actor class, so the
-    subclass is made of what its decorator wrapped."""
+    """Ray actor class: `upstream_actor`, a vanilla engine, plus one row in metrics.jsonl per rollout. Ray refuses to subclass an actor
+    class, so the subclass is made of what its decorator wrapped."""
     import ray
 
     return ray.remote(_plain_class(upstream_actor.__ray_metadata__.modified_class))

@@ -39,8 +39,8 @@ class RolloutPool:
         last_sync, last_fingerprint = self._last_agreed
         if sync == last_sync and fingerprint != last_fingerprint:
             raise RuntimeError(
-                f"self-speculation: weight sync {sync} delivered different weights to different engines (fingerprints {last_fingerprint} and "
-                f"{fingerprint}); the run must not go on"
+                f"self-speculation: weight sync {sync} delivered different weights to different engines (fingerprints {last_fingerprint} "
+                f"and {fingerprint}); the run must not go on"
             )
         self._last_agreed = (sync, fingerprint)
 

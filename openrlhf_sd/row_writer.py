@@ -32,7 +32,7 @@ class RowWriter:
                 self._waiting.pop(0)
         except OSError as error:
             return (
-                f"openrlhf-sd: RECORDS INCOMPLETE: cannot write {self._path} ({error.strerror}); training goes on, {len(self._waiting)} rows wait "
-                "in memory for the disk and are lost if the run ends before it recovers"
+                f"openrlhf-sd: RECORDS INCOMPLETE: cannot write {self._path} ({error.strerror}); training goes on, {len(self._waiting)} "
+                "rows wait in memory for the disk and are lost if the run ends before it recovers"
             )
         return f"openrlhf-sd: {self._path} is complete again: {num_waited} rows that waited are written" if num_waited else None

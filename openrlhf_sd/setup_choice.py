@@ -74,7 +74,7 @@ def choose_python(candidates: Sequence[str], version_of: Callable[[str], tuple[i
 
 
 def unsupported_python(version: tuple[int, int] | None) -> str:
-    found = "a broken Python" if version is None else "Python %d.%d" % version
+    found = "a broken Python" if version is None else f"Python {version[0]}.{version[1]}"
     return (
         f"{found} is not supported: the pinned stack needs Python 3.11 (verified) or 3.12; "
         "install python3.11 and its venv module, and run this again"

@@ -72,7 +72,7 @@ def setup(venv: Path, need_gpu: bool, dry_run: bool) -> Path:
         if python_version(base) not in setup_choice.PYTHONS:
             raise SelfSpecError(f"{venv}: {setup_choice.unsupported_python(python_version(base))} (or name another --venv)")
     else:
-        names = ("python%d.%d" % version for version in setup_choice.PYTHONS)
+        names = (f"python{major}.{minor}" for major, minor in setup_choice.PYTHONS)
         # Every place on the path: the first one may be a version manager's shim that does not run.
         found = [path for name in names for folder in os.get_exec_path() if (path := shutil.which(name, path=folder))]
         base = setup_choice.choose_python([sys.executable, *found], python_version)

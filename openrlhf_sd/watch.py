@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.path_names import check_names
 from openrlhf_sd.run_records import load_run
 from openrlhf_sd.watch_view import Watched, view
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not args.interval >= MIN_INTERVAL_S:
             raise SelfSpecError(f"--interval: {args.interval} must be at least {MIN_INTERVAL_S} seconds")
+        check_names(args.run_dir, "RUN_DIR")
         watch(Path(args.run_dir), args.once, args.interval)
     except SelfSpecError as error:
         print(f"openrlhf-sd watch: error: {error}", file=sys.stderr)

@@ -72,6 +72,8 @@ class CheckedEngine:
         self.finished: dict[str, FinishReason] = {}
         self.steps: list[MeasuredStep] = []
         """As a `ToldController` was told of them."""
+        self.rollouts: list[RolloutAcceptance] = []
+        """Those before the first rollout mark, likewise."""
         self.runner = runner_class(self.scripts, sizes, self.is_async)
         self.core = FakeEngine(scheduler, self.runner)
         self.has_rollout_marks = False
@@ -86,6 +88,11 @@ class CheckedEngine:
     def unfinished(self) -> list[str]:
         return [name for name in self.scripts if name not in self.finished]
 
+    @property
+    def right_answers(self) -> dict[str, list[int]]:
+        """What every request that nobody aborts must be answered, by its name."""
+        return {name: script.whole_output(self.sizes.max_model_len) for name, script in self.scripts.items()}
+
     def add(self, prompt: list[int], max_tokens: int, stop_at: int | None = None) -> None:
         starts_rollout = not self.has_rollout_marks and not self.scheduler.requests
         number = len(self.scripts)
@@ -95,7 +102,8 @@ class CheckedEngine:
         self.core.add_request(script.request(self.sizes.prefix_caching))
         if starts_rollout:
             if isinstance(self.scheduler.controller, ToldController):
-                assert self.scheduler.controller.rollouts.pop() == self.acceptance
+                self.rollouts.append(self.scheduler.controller.rollouts.pop())
+                assert self.rollouts[-1] == self.acceptance
             self._start_rollout()
 
     def abort(self, names: list[str], while_executing: bool) -> None:

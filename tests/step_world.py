@@ -11,7 +11,8 @@ from openrlhf_sd.policy.observation import MeasuredStep, RolloutAcceptance, Step
 
 
 class GpuLike:
-    """A roofline in ms: weights 10, 0.05 per token beyond what they hide, 0.001 per request and 100 tokens of context; drafts 0.45 of it."""
+    """A roofline in ms: weights 10, 0.05 per token beyond what they hide, 0.001 per request and 100 tokens of context; drafts 0.45 of
+    it."""
 
     def __init__(self, scale: float = 1.0, speculative_scale: float = 1.0) -> None:
         self.scale = scale

@@ -13,7 +13,7 @@ from openrlhf_sd.run_records import load_run
 
 def seeded(folder, seed, rollout_s, arm="vanilla", **settings):
     """A run with its own seed and folders, as examples/compare.sh makes them; the first step is warm-up."""
-    self_spec = None if arm == "vanilla" else {**FIXED, "mode": arm, "run_dir": str(folder)}
+    self_spec = None if arm == "vanilla" else {**FIXED, "mode": arm}
     flags = {**FLAGS, "train.seed": seed, "ckpt.path": f"{folder}/ckpt", "logger.tensorboard_dir": f"{folder}/tb"}
     return make_run(folder, [9.0, *rollout_s], arm=arm, self_spec=self_spec, flags=flags, **settings)
 

@@ -4,10 +4,8 @@ vLLM."""
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import threading
 import uuid
 from pathlib import Path
 
@@ -138,72 +136,9 @@ def test_no_process_outlives_the_launcher(grpo_run):
 # ---- Weight sync into a plain vllm.LLM
 
 
-class Trainer:
-    """Rank 0 of the broadcast, as OpenRLHF's actor is, around a Hugging Face model."""
-
-    def __init__(self, model, llm) -> None:
-        from openrlhf_sd.cpu.gloo_broadcast import GlooBroadcastGroup
-
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            port = listener.getsockname()[1]
-        self.model, self.llm = model, llm
-
-        def join() -> None:
-            self.group = GlooBroadcastGroup("127.0.0.1", port, 0, 2)
-
-        with _meanwhile(join):
-            llm.collective_rpc("init_process_group", args=("127.0.0.1", port, 1, 2, "openrlhf", "gloo", False))
-
-    def change_weights(self, seed: int) -> None:
-        """Move every weight by half its standard deviation, so that old and new weights cannot be confused."""
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data += (0.5 * parameter.data.float().std() * noise).to(parameter.dtype)
-
-    def broadcast(self, before_last=lambda: None) -> None:
-        parameters = list(self.model.named_parameters())
-        for number, (name, parameter) in enumerate(parameters, start=1):
-            is_last = number == len(parameters)
-            if is_last:
-                before_last()
-            with _meanwhile(lambda: self.group.broadcast(parameter.data, src=0)):
-                self.llm.collective_rpc("update_weight", args=(name, parameter.dtype, parameter.shape, is_last))
-
-    def logprob_error(self) -> float:
-        """Mean |engine's logprob - Hugging Face's| over sampled tokens, under the arguments OpenRLHF samples with."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=1.0, max_tokens=20, min_tokens=1, logprobs=1, ignore_eos=True)
-        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
-        errors = []
-        for prompt, output in zip(PROMPTS, outputs):
-            tokens = output.outputs[0].token_ids
-            with torch.no_grad():
-                logits = self.model(torch.tensor([prompt + list(tokens)])).logits[0].float()
-            expected = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-            for position, token in enumerate(tokens):
-                returned = output.outputs[0].logprobs[position][token].logprob
-                errors.append(abs(returned - expected[position, token].item()))
-        return sum(errors) / len(errors)
-
-
-class _meanwhile:
-    """Run a blocking call of rank 0 beside the one of rank 1."""
-
-    def __init__(self, call) -> None:
-        self._thread = threading.Thread(target=call, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *exception) -> None:
-        self._thread.join(timeout=60)
-
-
 @pytest.fixture
-def make_trainer(tmp_path, monkeypatch):
+def start_engine(tmp_path, monkeypatch):
+    """-> a function that builds a policy and starts a plain engine of it, and returns both."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # as OpenRLHF's actor sets it: dtypes travel by RPC
     import vllm
 
@@ -211,7 +146,7 @@ def make_trainer(tmp_path, monkeypatch):
 
     engines = []
 
-    def make(tied: bool, enforce_eager: bool) -> Trainer:
+    def start(tied: bool, enforce_eager: bool):
         model = build_policy(tmp_path / "model", tied)
         llm = vllm.LLM(
             str(tmp_path / "model"),
@@ -223,27 +158,44 @@ def make_trainer(tmp_path, monkeypatch):
             logprobs_mode="processed_logprobs",
         )
         engines.append(llm)
-        return Trainer(model, llm)
+        return model, llm
 
-    yield make
+    yield start
     for llm in engines:
         llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.mark.parametrize("tied, enforce_eager", [(True, False), (False, True)], ids=["tied-compiled", "untied-eager"])
-def test_engine_computes_with_the_new_weights_after_two_broadcasts(make_trainer, tied, enforce_eager):
-    trainer = make_trainer(tied, enforce_eager)
-    assert trainer.logprob_error() < 0.02
+def test_engine_computes_with_the_new_weights_after_two_broadcasts(start_engine, tied, enforce_eager):
+    from trainer import Trainer, perturb  # imports vLLM
+
+    model, llm = start_engine(tied, enforce_eager)
+    trainer = Trainer(llm)
+    assert logprob_error(llm, model) < 0.02
     for seed in (1, 2):
-        trainer.change_weights(seed)
-        assert trainer.logprob_error() > 0.1  # the changes are large enough to see a stale weight
-        trainer.broadcast()
-        assert trainer.logprob_error() < 0.02
+        perturb(model, scale=0.5, seed=seed)
+        assert logprob_error(llm, model) > 0.1  # the changes are large enough to see a stale weight
+        trainer.broadcast(model)
+        assert logprob_error(llm, model) < 0.02
     if tied:
         # The same broadcast without the repair of the tied head, to show that it is needed.
-        trainer.change_weights(3)
-        trainer.broadcast(before_last=lambda: trainer.llm.collective_rpc(forget_tied_heads))
-        assert trainer.logprob_error() > 0.1
+        perturb(model, scale=0.5, seed=3)
+        *others, (last_name, last) = model.named_parameters()
+        for name, parameter in others:
+            trainer.send(name, parameter.data, is_last=False)
+        llm.collective_rpc(forget_tied_heads)
+        trainer.send(last_name, last.data, is_last=True)
+        assert logprob_error(llm, model) > 0.1
+
+
+def logprob_error(llm, model) -> float:
+    """Mean |engine's logprob - Hugging Face's| over sampled tokens, under the arguments OpenRLHF samples with."""
+    from trainer import logprob_errors
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=1.0, max_tokens=20, min_tokens=1, logprobs=1, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+    return logprob_errors(model, outputs).mean().item()
 
 
 def forget_tied_heads(worker) -> None:
@@ -259,11 +211,11 @@ def test_engine_kwargs_are_sized_for_shared_memory_and_keep_other_extensions():
     upstream = {"worker_extension_cls": UPSTREAM_WORKER_EXTENSION, "gpu_memory_utilization": 0.5, "max_model_len": 896}
     adapted = cpu_engine_kwargs(upstream, available_bytes=16 << 30, kv_bytes_per_token=1024)
     assert adapted["worker_extension_cls"] == CPU_WORKER_EXTENSION
-    # 256 requests x (896 + 128) tokens x 1024 bytes = 256 MiB, less than 16 GiB x 0.25 x 0.5
-    assert adapted["kv_cache_memory_bytes"] == 256 << 20
-    assert cpu_engine_kwargs(adapted, 1 << 30, 1024) == adapted
-    # 1 GiB x 0.25 x 0.5 = 128 MiB is all there is
-    assert cpu_engine_kwargs(upstream, 1 << 30, 1024)["kv_cache_memory_bytes"] == 128 << 20
+    # 128 requests x (896 + 128) tokens x 1024 bytes = 128 MiB, less than 16 GiB x 0.25 x 0.5
+    assert adapted["kv_cache_memory_bytes"] == 128 << 20
+    assert cpu_engine_kwargs(adapted, 1 << 29, 1024) == adapted
+    # 0.5 GiB x 0.25 x 0.5 = 64 MiB is all there is
+    assert cpu_engine_kwargs(upstream, 1 << 29, 1024)["kv_cache_memory_bytes"] == 64 << 20
     other = {**upstream, "worker_extension_cls": "a.b.C"}
     assert cpu_engine_kwargs(other, 1 << 30, 1024)["worker_extension_cls"] == "a.b.C"
 

@@ -261,7 +261,7 @@ ERRORS = {
     ),
     "misspelt flag of the launcher": (("qwen2.5-7b", "auto", "--dry-rum"), "--dry-rum: no such flag"),
     "contradiction OpenRLHF finds": (
-        ("qwen2.5-7b", "auto", "--rollout.n_samples_per_prompt", "1"),
+        ("qwen2.5-7b", "auto", "--rollout.n_samples_per_prompt", "1", "--train.batch_size", "128"),
         "OpenRLHF refuses these flags: group_norm requires n_samples_per_prompt > 1",
     ),
     "update larger than the rollout": (

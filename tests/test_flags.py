@@ -31,8 +31,9 @@ def test_mode_is_the_optional_value_of_the_bare_flag(argv, mode, rest):
 def test_values_take_the_type_of_their_field():
     argv = """--self-spec adaptive --self-spec.gamma=2 --self-spec.ladder 1,2,5 --self-spec.raise_at 0.9
         --self-spec.quant w4 --self-spec.group_size 64 --self-spec.run_dir runs/a""".split()
-    config, _, _ = flags.split_flags(argv)
-    assert config == SelfSpecConfig(mode="adaptive", gamma=2, ladder=(1, 2, 5), raise_at=0.9, quant="w4", group_size=64, run_dir="runs/a")
+    config, run_dir, _ = flags.split_flags(argv)
+    assert config == SelfSpecConfig(mode="adaptive", gamma=2, ladder=(1, 2, 5), raise_at=0.9, quant="w4", group_size=64)
+    assert run_dir == "runs/a"
 
 
 def test_run_dir_alone_records_a_vanilla_run():

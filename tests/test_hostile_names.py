@@ -15,16 +15,20 @@ from types import SimpleNamespace
 import pytest
 from run_folders import FIXED, FLAGS, make_run
 
-from openrlhf_sd import launch
+from calib import sweep
+from data_prep import simplerl_zoo
+from openrlhf_sd import flags, launch
 from openrlhf_sd.config import SelfSpecError, printable
 from openrlhf_sd.metrics import SpecDecodeCounts, append_row
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES / "launcher"))
+sys.path[:0] = [str(EXAMPLES / "launcher"), str(EXAMPLES / "quickstart")]
 
 import checks  # noqa: E402
+import compare_arms  # noqa: E402
 import inputs  # noqa: E402
+import run as quickstart  # noqa: E402
 import run_arm  # noqa: E402
 import stages  # noqa: E402
 
@@ -329,8 +333,6 @@ def test_errors_name_hostile_files_as_text(tmp_path, capsys):
 
 def test_a_sweep_prints_hostile_file_names_as_text(tmp_path, monkeypatch, capsys):
     """rich would read `[/]` as markup that closes nothing, and end with a traceback."""
-    from calib import sweep
-
     model = tmp_path / "model"
     model.mkdir()
     config = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -341,6 +343,49 @@ def test_a_sweep_prints_hostile_file_names_as_text(tmp_path, monkeypatch, capsys
     out = tmp_path / "[red]x[-red][[/]]].csv"
     assert sweep.main(["--model", str(model), "--out", str(out), "--batches", "1", "--seqs", "64", "--gammas", "1"]) == 0
     assert "[red]x[-red]" in capsys.readouterr().out
+
+
+# Names that no file system takes.
+
+LONG = "out/" + "ä" * 128
+"""A name of 128 characters and 256 bytes."""
+
+
+@pytest.mark.parametrize(
+    "program, argv, named",
+    [
+        (launch, ["--self-spec.run_dir", LONG], "--self-spec.run_dir"),
+        (launch, ["--self-spec", "--self-spec.run_dir", LONG, "--explain"], "--self-spec.run_dir"),
+        (launch, ["--actor.model_name_or_path", LONG], "--actor.model_name_or_path"),
+        (launch, ["--data.prompt_dataset", f"a.jsonl,{LONG}/b.jsonl"], "--data.prompt_dataset"),
+        (launch, ["--ckpt.output_dir", LONG], "--ckpt.output_dir"),
+        (launch, ["compare", "a", LONG, "--out", "out"], "RUN_DIR"),
+        (launch, ["compare", "a", "--out", LONG], "--out"),
+        (launch, ["compare", "a", "--baseline", LONG, "--out", "out"], "--baseline"),
+        (launch, ["watch", LONG], "RUN_DIR"),
+        (run_arm, ["quickstart", "auto", "--model-dir", LONG], "--model-dir"),
+        (run_arm, ["quickstart", "auto", "--data-dir", LONG], "--data-dir"),
+        (run_arm, ["quickstart", "auto", "--self-spec.run_dir", LONG], "--self-spec.run_dir"),
+        (compare_arms, ["quickstart", "--out", LONG], "--out"),
+        (compare_arms, ["quickstart", "--dry-run", "--out", LONG], "--out"),
+        (quickstart, ["--out", LONG], "--out"),
+        (sweep, ["--model", "m", "--out", LONG], "--out"),
+        (simplerl_zoo, ["--level", "hard", "--model", "qwen", "--out", LONG], "--out"),
+    ],
+)
+def test_a_name_longer_than_any_file_can_have_is_one_line(program, argv, named, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert program.main(argv) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f" {named}: the name ää" in line and "has 256 bytes and may have 255" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_the_longest_length_and_urls_are_taken():
+    longest = "ä" * 127 + "x"
+    flags.split_flags(["--self-spec.run_dir", f"{longest}/{longest}"])
+    parsed = flags.parse_upstream(["--reward.remote_url", f"http://host/{LONG}", "--data.prompt_dataset", f"{longest},{longest}"])
+    assert vars(parsed)["data.prompt_dataset"] == f"{longest},{longest}"
 
 
 # Records that were cut.

@@ -95,6 +95,10 @@ SPOILED = {
         },
         "--self-spec.audit: the rollout's logprobs are those after --rollout.top_p",
     ),
+    "dynamic batch that would never update": (
+        {"--train.dynamic_batch_enable": None, "--rollout.batch_size": "31"},
+        "--train.batch_size: 128 is more than the 124 samples of a rollout",
+    ),
     "toggle that would never start": (
         # 4 prompts of 4 samples: 16 requests, and the guard waits for more than 32
         {"--self-spec": "toggle", "--rollout.batch_size": "4"},
@@ -200,7 +204,7 @@ def test_a_failed_run_is_recorded_as_failed_and_its_secrets_are_not(good_flags, 
     config = json.loads((run_dir / "config.json").read_text())
     provenance = json.loads((run_dir / "provenance.json").read_text())
     assert config["arm"] == "fixed"
-    assert config["self_spec"]["run_dir"] == str(run_dir)
+    assert config["self_spec"]["mode"] == "fixed"
     assert config["openrlhf"]["logger.tensorboard_dir"] == str(run_dir / "tensorboard")
     assert provenance["status"] == "failed"
     assert provenance["ended_unix_s"] >= provenance["started_unix_s"]

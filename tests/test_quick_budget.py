@@ -25,8 +25,8 @@ def test_seconds_between_measured_steps_are_on_a_line_and_beyond_in_proportion()
 
 
 def test_seconds_of_a_cell():
-    # One token 1 ms, two 1 ms, ever after 0.5 ms a token. Batch 2, gamma 1, two rounds: a block has 2 + 3 + 2 plain steps' worth of 1 ms and
-    # 3 verify steps of 4 tokens, 2 ms: 13 ms. Context 34 may grow by 17, a block adds 8 and the first step 1: both rounds in one bout;
+    # One token 1 ms, two 1 ms, ever after 0.5 ms a token. Batch 2, gamma 1, two rounds: a block has 2 + 3 + 2 plain steps' worth of 1 ms
+    # and 3 verify steps of 4 tokens, 2 ms: 13 ms. Context 34 may grow by 17, a block adds 8 and the first step 1: both rounds in one bout;
     # prompts of 2 x 34 tokens on two engines: 2 x 34 ms.
     estimate = StepEstimate({1: 0.001, 2: 0.001, 4: 0.002})
     assert estimate.cell_s(Cell(batch=2, context=34, gammas=(1,), min_rounds=2)) == pytest.approx(2 * 0.013 + 0.068)

@@ -43,10 +43,12 @@ def test_an_evaluation_leaves_the_acceptance_of_the_running_rollout_alone():
     engine.add([11, 12, 13], max_tokens=8)
     for _ in range(8):
         engine.turn()
-    assert engine.acceptance.num_accepted_tokens
+    training = engine.acceptance
+    assert training.num_accepted_tokens
     engine.begin_eval()
     engine.add([11, 12, 13], max_tokens=20)
     engine.finish()
+    assert engine.rollouts[-1] == training
 
 
 @both
@@ -56,6 +58,7 @@ def test_a_request_passed_over_for_want_of_token_budget_decodes_without_its_old_
         engine.add([11, 12], max_tokens=12)
     engine.finish()
     assert engine.runner.seen["steps passed over"]
+    assert engine.answers == engine.right_answers
 
 
 def test_a_request_passed_over_before_the_end_of_its_context_decodes_without_its_old_drafts():
@@ -65,6 +68,7 @@ def test_a_request_passed_over_before_the_end_of_its_context_decodes_without_its
         engine.add(list(range(100, 100 + length)), max_tokens=40)
         engine.add([11, 12], max_tokens=40)
         engine.finish()
+        assert engine.answers == engine.right_answers
 
 
 class Clock:
@@ -93,3 +97,4 @@ def test_auto_outlives_a_clock_that_stands_still_or_runs_backwards(monkeypatch, 
     engine.runner.num_right = (0,)
     engine.add([11, 12, 13], max_tokens=40)
     engine.finish()
+    assert engine.answers == engine.right_answers

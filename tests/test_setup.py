@@ -67,12 +67,12 @@ def test_unsupported_python_is_named_in_one_line(version: tuple[int, int]) -> No
     with pytest.raises(SelfSpecError, match=r"^Python 3\.\d+ is not supported: .*3\.11.*$") as error:
         choose_python(["python3"], lambda command: version)
     assert "\n" not in str(error.value)
-    assert "Python %d.%d " % version in str(error.value)
+    assert f"Python {version[0]}.{version[1]} " in str(error.value)
 
 
 def test_supported_pythons_are_those_the_package_declares() -> None:
     declared = SpecifierSet(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"])
-    minors = [(3, minor) for minor in range(20) if declared.contains("3.%d.0" % minor)]
+    minors = [(3, minor) for minor in range(20) if declared.contains(f"3.{minor}.0")]
     assert tuple(minors) == setup_choice.PYTHONS
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from command import Flags, to_argv
 from experiment import Experiment
 
@@ -19,14 +17,13 @@ def check_flags(experiment: Experiment, flags: Flags) -> None:
     Raises:
         SelfSpecError: a flag that neither OpenRLHF nor we know, or a value or a combination that one of us refuses.
     """
-    config, _, upstream_argv = launch_flags.split_flags(to_argv(flags))
+    config, run_dir, upstream_argv = launch_flags.split_flags(to_argv(flags))
     upstream = launch_flags.parse_upstream(upstream_argv)
-    for problem in preflight.flag_problems(config, upstream):
+    for problem in preflight.flag_problems(config, run_dir, upstream):
         raise problem
     if experiment.gpus == 0 and platform.is_needed():
         preflight.check_cpu(upstream)
     launch_flags.check_upstream(upstream)
-    _check_batch(vars(upstream))
 
 
 def check_machine(experiment: Experiment) -> None:
@@ -34,14 +31,4 @@ def check_machine(experiment: Experiment) -> None:
     if experiment.gpus > 0 and platform.is_needed():
         raise SelfSpecError(
             f"{experiment.name}: needs {experiment.gpus} GPUs and this machine has none; --dry-run checks and prints the command here"
-        )
-
-
-def _check_batch(flags: dict[str, Any]) -> None:
-    samples = flags["rollout.batch_size"] * flags["rollout.n_samples_per_prompt"]
-    if flags["train.dynamic_batch_enable"] and samples < flags["train.batch_size"]:
-        # openrlhf/trainer/ppo_utils/replay_buffer.py, setup_dynamic_batch: it then makes no step at all, and says nothing.
-        raise SelfSpecError(
-            f"--train.batch_size: {flags['train.batch_size']} is more than the {samples} samples of a rollout, so OpenRLHF would never "
-            f"update the policy; give --train.batch_size {samples}"
         )

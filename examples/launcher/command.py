@@ -13,9 +13,9 @@ from typing import Any
 from experiment import ARMS, EXAMPLES, Experiment, check_choice
 
 from openrlhf_sd.config import SelfSpecError
-from openrlhf_sd.flags import MODE_FLAG, PREFIX
+from openrlhf_sd.flags import MODE_FLAG, PREFIX, RUN_DIR_FLAG
+from openrlhf_sd.path_names import check_names
 
-RUN_DIR = PREFIX + "run_dir"
 Flags = dict[str, list[str]]
 
 
@@ -59,13 +59,15 @@ def arm_flags(
         steps: GRPO steps in one pass over as many prompts; None: the experiment's own number.
 
     Raises:
-        SelfSpecError: an unknown arm, or overrides that make it another one.
+        SelfSpecError: an unknown arm, overrides that make it another one, or a folder that cannot have its name.
     """
     check_choice("ARM", arm, ARMS)
     overrides = dict(overrides or {})
     if MODE_FLAG in overrides:
         raise SelfSpecError(f"{MODE_FLAG}: the arm says this already; name another ARM instead")
-    run_dir = Path(_only_value(overrides, RUN_DIR) if RUN_DIR in overrides else run_dir).absolute()
+    check_names(model or "", "--model-dir")
+    check_names(data or "", "--data-dir")
+    run_dir = Path(_only_value(overrides, RUN_DIR_FLAG) if RUN_DIR_FLAG in overrides else run_dir).absolute()
     places = {"examples": EXAMPLES, "run": run_dir, "out": run_dir.parent}
     places["model"] = Path(experiment.model.format_map(places)).absolute() if model is None else _model(model)
     places["data"] = Path(experiment.data.format_map(places) if data is None else data).absolute()
@@ -73,14 +75,14 @@ def arm_flags(
     flags: Flags = {} if arm == "vanilla" else {MODE_FLAG: [arm]}
     for name, value in experiment.self_spec.get(arm, {}).items():
         flags[PREFIX + name] = [",".join(map(str, value))] if isinstance(value, list) else [str(value)]
-    flags[RUN_DIR] = [str(run_dir)]
+    flags[RUN_DIR_FLAG] = [str(run_dir)]
     for name, value in experiment.openrlhf.items():
         if value is not False:
             flags[f"--{name}"] = _values(value, places)
     steps = experiment.steps if steps is None else steps
     if steps is not None:
         flags |= {"--data.max_samples": [str(steps * _batch_size(flags | overrides))], "--train.num_episodes": ["1"]}
-    return flags | overrides | {RUN_DIR: [str(run_dir)]}
+    return flags | overrides | {RUN_DIR_FLAG: [str(run_dir)]}
 
 
 def shown(flags: Flags, environment: Mapping[str, str]) -> str:

@@ -18,12 +18,13 @@ from pathlib import Path
 import stages
 from checks import check_flags, check_machine
 from cli import Parser, exit_code, report_checked
-from command import RUN_DIR, Flags, arm_flags, parse_flags, shown
+from command import Flags, arm_flags, parse_flags, shown
 from experiment import ARMS, MODELS, Experiment, check_choice, load
 from inputs import make_inputs
 
 from openrlhf_sd.config import SelfSpecError
-from openrlhf_sd.flags import PREFIX
+from openrlhf_sd.flags import PREFIX, RUN_DIR_FLAG
+from openrlhf_sd.path_names import check_names
 
 PROG = "compare.sh"
 DEFAULT_ARMS = "vanilla,fixed,adaptive,auto"
@@ -54,6 +55,7 @@ def run(argv: Sequence[str] | None) -> int:
     parser.add_shared_flags()
     args, override_tokens = parser.parse_known_args(argv)
     experiment, overrides = load(args.model), parse_flags(override_tokens)
+    check_names(args.out or "", "--out")
     out = (args.out or Path("runs", f"{args.model}-compared")).absolute()
     runs = [
         planned_run(experiment, arm, seed, out / f"{arm}-seed{seed}", overrides, args.model_dir, args.data_dir, args.steps)
@@ -90,7 +92,7 @@ def planned_run(
     Raises:
         SelfSpecError: from the checks, or an override of what tells runs apart.
     """
-    for flag, instead in ((RUN_DIR, "--out"), (SEED_FLAG, "another seed")):
+    for flag, instead in ((RUN_DIR_FLAG, "--out"), (SEED_FLAG, "another seed")):
         if flag in overrides:
             raise SelfSpecError(f"{flag}: is each run's own here; give {instead} instead")
     own = {name: values for name, values in overrides.items() if arm != "vanilla" or not name.startswith(PREFIX)}

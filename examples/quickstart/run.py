@@ -23,6 +23,7 @@ from experiment import ARMS, load  # noqa: E402
 from stages import run_stage, set_environment  # noqa: E402
 
 from openrlhf_sd.config import SelfSpecError  # noqa: E402
+from openrlhf_sd.path_names import check_names  # noqa: E402
 
 DEFAULT_ARMS = "vanilla,fixed,auto"
 
@@ -40,6 +41,7 @@ def run(argv: Sequence[str] | None) -> int:
     parser.add_argument("--arms", default=DEFAULT_ARMS, help=f"of {','.join(ARMS)} (default: {DEFAULT_ARMS})")
     args, more_flags = parser.parse_known_args(argv)
     arms, overrides, out = parse_arms(args.arms), parse_flags(more_flags), args.out.resolve()
+    check_names(out, "--out")
     if (out / "comparison").exists():
         raise SelfSpecError(f"--out: {out} holds a finished quickstart; give another folder")
     runs = [planned_run(experiment, arm, args.seed, out / arm, overrides, steps=args.steps) for arm in arms]

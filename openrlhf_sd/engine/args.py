@@ -33,7 +33,8 @@ def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -
 
 
 def engine_args(config: SelfSpecConfig, model: str | Path, tensor_parallel_size: int = 1, costs: CostModel | None = None) -> dict[str, Any]:
-    """Keyword arguments for `vllm.LLM(model, **args)`, `vllm.AsyncEngineArgs(model, **args)` and OpenRLHF's rollout actor.
+    """Keyword arguments for `vllm.LLM(model, **args)`, `vllm.AsyncEngineArgs(model, **args)` and OpenRLHF's rollout actor. The drafter
+    needs each of them; vLLM's others may stand beside them.
 
     Args:
         costs: step times already chosen; without them `config.calibration` says where they come from, and `auto` may measure them

@@ -37,8 +37,8 @@ class _SelfSpecWorking:
             raise RuntimeError("self-speculation: needs vLLM's V1 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
         runner = self.model_runner
         runner.drafter = SelfDraftProposer(self.vllm_config, runner.device, runner, quant=config.quant, group_size=config.group_size)
-        # Upstream stops drafting num_speculative_tokens tokens before the context ends and schedules zeros as drafts from there on. Our drafter
-        # needs no such margin: positions past the end get a padding slot and the scheduler trims the drafts.
+        # Upstream stops drafting num_speculative_tokens tokens before the context ends and schedules zeros as drafts from there on. Our
+        # drafter needs no such margin: positions past the end get a padding slot and the scheduler trims the drafts.
         runner.effective_drafter_max_model_len = runner.max_model_len + config.num_speculative_tokens + 1
 
         if not runner.use_async_scheduling:
@@ -106,8 +106,8 @@ class _SelfSpecWorking:
         broken = [name for name, error in errors.items() if not error <= MAX_ERROR]
         if broken:
             raise BrokenWeightsError(
-                f"self-speculation: {len(broken)} of {len(errors)} drafter layers do not compute what the policy's do, the first {broken[0]} "
-                f"(relative error {errors[broken[0]]:.2f}); try another --self-spec.quant and report it"
+                f"self-speculation: {len(broken)} of {len(errors)} drafter layers do not compute what the policy's do, the first "
+                f"{broken[0]} (relative error {errors[broken[0]]:.2f}); try another --self-spec.quant and report it"
             )
         return max(errors.values())
 

@@ -71,6 +71,6 @@ class AcceptanceWatch:
             return f"temperature too high ({mean_temperature:.2f}); lower --rollout.temperature or train without --self-spec"
         known = "unmeasured" if self._drafter_error is None else f"{self._drafter_error:.1%}"
         return (
-            f"cause unknown (drafter error {known}, temperature {mean_temperature:.2f}); --self-spec.audit 1 shows whether the policy's own "
-            "logprobs are right"
+            f"cause unknown (drafter error {known}, temperature {mean_temperature:.2f}); --self-spec.audit 1 shows whether the policy's "
+            "own logprobs are right"
         )

@@ -68,7 +68,7 @@ class Terms:
     cascade_layer_s: float
     """Identical prompts: launches that cascade attention adds, per layer."""
     cascade_min_context: float
-    """Identical prompts: shortest context with cascade. 256 shared tokens in vLLM; a prompt of 256 falls one short of it without a BOS token."""
+    """Identical prompts: shortest context with cascade. 256 shared tokens in vLLM; a prompt of 256 without a BOS token is one too few."""
 
     layer_s: float
     """Launches of a target layer that hide behind nothing."""

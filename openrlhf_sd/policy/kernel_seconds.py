@@ -18,7 +18,7 @@ WIDE_TILE_COLUMNS = 256
 """Outputs per tile. The wide tile computes faster and divides coarser; above TILE_ROWS rows the library takes the better of the two."""
 
 SPLIT_INPUTS = 4096
-"""A product may be split along its inputs, one part per so many: narrow, deep matrices (the MLP's down projection) still fill the device."""
+"""A product may be split along its inputs, a part per so many: narrow, deep matrices (the MLP's down projection) still fill the device."""
 
 HALF_TAIL_ROWS = 32
 """Tiles of at most so many rows are half as wide, so that a ragged last wave costs about half."""

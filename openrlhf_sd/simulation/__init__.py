@@ -1,1 +1,1 @@
-"""Parts of the rollout simulator: true step times, lengths, acceptance, one engine's loop, rollouts, traces. See `openrlhf_sd.simulator`."""
+"""Parts of the simulator (`openrlhf_sd.simulator`): true step times, lengths, acceptance, one engine's loop, rollouts, traces."""

@@ -25,10 +25,9 @@ async def one_rollout(llm: AsyncLLM, folder: Path) -> Audit:
 
     async def respond(number: int, prompt: dict[str, Any]) -> None:
         audited = auditor.choose(PARAMS)
-        async for output in llm.generate(prompt, audited or PARAMS, request_id=str(number)):
-            pass
+        outputs = [output async for output in llm.generate(prompt, audited or PARAMS, request_id=str(number))]
         if audited:
-            auditor.keep(prompt["prompt_token_ids"], audited, output.outputs[0])
+            auditor.keep(prompt["prompt_token_ids"], audited, outputs[-1].outputs[0])
 
     await asyncio.gather(*(respond(number, prompt) for number, prompt in enumerate(PROMPTS)))
     await auditor.rescore()

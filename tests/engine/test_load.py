@@ -66,6 +66,6 @@ def test_ten_thousand_requests(measured, warm_policy):
     sizes = {"live tensors": tensors, "scheduler": scheduler, "worker": worker}
     shown = ", ".join(f"{name} {values[1] / 2**20:.1f} -> {values[3] / 2**20:.1f}" for name, values in sizes.items())
     measured(
-        f"load: {NUM_REQUESTS} requests, {sum(LENGTHS)} tokens in {seconds:.0f} s, {num_other} responses with another near tie; from half time "
-        f"to the end, MiB: {shown}"
+        f"load: {NUM_REQUESTS} requests, {sum(LENGTHS)} tokens in {seconds:.0f} s, {num_other} responses with another near tie; from half "
+        f"time to the end, MiB: {shown}"
     )
