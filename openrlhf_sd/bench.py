@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.policy.observation import mean_acceptance_length
 
 RANDOM_MODELS = {
@@ -57,7 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64, help="sampled tokens per request")
     parser.add_argument("--out", type=Path, default=None, help="folder for bench.json")
     args = parser.parse_args(argv)
+    try:
+        bench(args)
+    except SelfSpecError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
+
+def bench(args: argparse.Namespace) -> None:
+    """Raises SelfSpecError for a model, scheme or calibration that there is no engine for."""
     from rich.console import Console
 
     from openrlhf_sd.provenance import describe_machine
@@ -77,7 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     (args.out / "bench.json").write_text(json.dumps(results, indent=1))
     if args.out is not None:
         console.print(f"every round is in {args.out / 'bench.json'}")
-    return 0
 
 
 def _numbers(text: str) -> list[int]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-# A shell starts what it sends to the background with SIGINT ignored, and so do all its children: tests that interrupt one would wait in vain.
+# A shell starts what it sends to the background with SIGINT ignored, and so do all its children: tests that interrupt one
+# would wait in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _LINES: list[str] = []

@@ -8,8 +8,17 @@ import sys
 
 import pytest
 
+from openrlhf_sd import bench
 
-@pytest.mark.slow
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_model_that_is_nowhere_is_one_line(capsys):
+    assert bench.main(["--models", "nowhere", "--quant", "w8a8"]) == 2
+    assert capsys.readouterr().err.startswith("bench: error: model: 'nowhere' holds no readable config.json")
+
+
 def test_bench_compares_with_plain_vllm(untied_policy, tmp_path):
     sizes = ["--quant", "w8a8", "--batches", "2", "--gammas", "0,1", "--rounds", "1", "--tokens", "8"]
     command = [sys.executable, "-m", "openrlhf_sd.bench", "--models", str(untied_policy), *sizes, "--out", str(tmp_path)]
