@@ -10,7 +10,6 @@ import pytest
 
 from openrlhf_sd import bench
 
-
 pytestmark = pytest.mark.slow
 
 
