@@ -37,8 +37,8 @@ class _SelfSpecWorking:
             raise RuntimeError("self-speculation: needs vLLM's V1 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
         runner = self.model_runner
         runner.drafter = SelfDraftProposer(self.vllm_config, runner.device, runner, quant=config.quant, group_size=config.group_size)
-        # Upstream stops drafting num_speculative_tokens tokens before the context ends and schedules zeros as drafts from there on. Our drafter
-        # needs no such margin: positions past the end get a padding slot and the scheduler trims the drafts.
+        # Upstream stops drafting num_speculative_tokens tokens before the context ends and schedules zeros as drafts from there on. Our
+        # drafter needs no such margin: positions past the end get a padding slot and the scheduler trims the drafts.
         runner.effective_drafter_max_model_len = runner.max_model_len + config.num_speculative_tokens + 1
 
         if not runner.use_async_scheduling:
@@ -106,8 +106,8 @@ class _SelfSpecWorking:
         broken = [name for name, error in errors.items() if not error <= MAX_ERROR]
         if broken:
             raise BrokenWeightsError(
-                f"self-speculation: {len(broken)} of {len(errors)} drafter layers do not compute what the policy's do, the first {broken[0]} "
-                f"(relative error {errors[broken[0]]:.2f}); try another --self-spec.quant and report it"
+                f"self-speculation: {len(broken)} of {len(errors)} drafter layers do not compute what the policy's do, the first "
+                f"{broken[0]} (relative error {errors[broken[0]]:.2f}); try another --self-spec.quant and report it"
             )
         return max(errors.values())
 
@@ -133,8 +133,9 @@ class _SelfSpecWorking:
     def execute_model(self, scheduler_output: SchedulerOutput):
         if not (self._self_spec_policy_is_whole and self.self_spec_drafter.is_whole):
             raise StaleDrafterError(
-                "self-speculation: a weight update is under way or ended without its end mark, so the drafter is older than the "
-                "policy; send the last parameter with update_weight(..., empty_cache=True) before generating"
+                "self-speculation: a weight update is under way or ended without its end mark, or sleep(level=2) threw the weights away, "
+                "so policy and drafter are not of one version; before generating, send every parameter, the last one with "
+                "update_weight(..., empty_cache=True)"
             )
         return super().execute_model(scheduler_output)
 
@@ -170,4 +171,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker
 
     class SelfSpecWorker(_SelfSpecWorking, Worker):
-        pass
+        def sleep(self, level: int = 1) -> None:
+            super().sleep(level)
+            if level == 2:  # throws the weights away; level 1, OpenRLHF's, keeps them
+                self._self_spec_policy_is_whole = False
