@@ -34,8 +34,8 @@ def is_needed() -> bool:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise SelfSpecError(
-                f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use a GPU here ({reason}); mend the driver or "
-                "start this where the GPUs are; for a machine without one, install the CPU stack with examples/setup.sh"
+                f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use a GPU here ({reason}); mend the driver "
+                "or start this where the GPUs are; for a machine without one, install the CPU stack with examples/setup.sh"
             ) from error
     return True
 
