@@ -54,6 +54,16 @@ def check_group_size(group_size: int, in_features: tuple[int, ...]) -> None:
             )
 
 
+def check_capability(quant: str, capability: tuple[int, int] | None) -> None:
+    """Raises SelfSpecError if vLLM has no kernel of the scheme for a GPU of this compute capability; None where there is no GPU."""
+    # vLLM 0.29.0, csrc/quantization/w8a8/cutlass: "Int8 not supported on SM100", nor on any later one.
+    if quant == "w8a8" and capability is not None and capability[0] >= 10:
+        raise SelfSpecError(
+            f"--self-spec.quant: vLLM has no int8 kernel for GPUs of compute capability {capability[0]}.{capability[1]} (Blackwell), and "
+            "w8a8 needs one; use w4"
+        )
+
+
 def linear_input_widths(hf_config: Any, tensor_parallel_size: int = 1) -> tuple[int, ...]:
     """Input widths of the quantized decoder linears of a dense model, per tensor-parallel rank (row-parallel ones are cut).
 

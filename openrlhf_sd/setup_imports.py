@@ -43,13 +43,13 @@ MODULES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     (stack,) = sys.argv[1:] if argv is None else argv
+    from openrlhf_sd.cpu import platform
     from openrlhf_sd.engine import compat
 
     try:
         compat.check_versions()
+        platform.is_needed()  # raises where the driver is too old for this build of torch
         if stack == "cpu":
-            from openrlhf_sd.cpu import platform
-
             # vLLM carries on without its kernels where they do not load, and fails much later.
             importlib.import_module("torch")
             importlib.import_module("vllm._C")

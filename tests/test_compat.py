@@ -68,6 +68,8 @@ def test_scheduler_output_carries_gamma_and_attention_metadata_has_the_fields_we
         "seq_lens",
         "_seq_lens_cpu",
         "_num_computed_tokens_cpu",
+        "_num_computed_tokens_cache",
+        "_token_to_req_indices_cache",
         "seq_lens_cpu_upper_bound",
         "num_actual_tokens",
         "max_query_len",

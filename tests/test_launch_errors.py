@@ -8,6 +8,7 @@ import pytest
 
 from openrlhf_sd import launch
 from openrlhf_sd.calibration import shipped_paths
+from openrlhf_sd.config import SelfSpecError
 
 TINY_CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -254,3 +255,18 @@ def test_a_config_that_is_none_is_named(good_flags, forbid_training, capsys, tex
     assert launch.main(as_argv(good_flags)) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("openrlhf-sd: error: --actor.model_name_or_path: ") and message in line
+
+
+def test_a_build_for_cuda_that_finds_no_gpu_is_no_reason_to_train_on_the_cpu(monkeypatch):
+    import torch
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 12040)")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert launch.platform.is_needed()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(SelfSpecError, match=r"CUDA 13\.0 and cannot use a GPU here \(The NVIDIA .* too old \(found version 12040\)\)"):
+        launch.platform.is_needed()

@@ -123,3 +123,11 @@ def test_drafter_bytes_are_the_sizes_of_the_quantized_tensors(quant, group_size)
 def test_model_without_a_group_size_is_told_to_use_w8a8():
     with pytest.raises(SelfSpecError, match="--self-spec.quant w8a8"):
         drafter_scheme.default_group_size((80,))
+
+
+def test_w8a8_is_refused_where_vllm_has_no_int8_kernel():
+    for quant, capability in (("w8a8", None), ("w8a8", (9, 0)), ("w4", (10, 0)), ("none", (12, 0))):
+        drafter_scheme.check_capability(quant, capability)
+    for capability in ((10, 0), (12, 0)):
+        with pytest.raises(SelfSpecError, match=r"--self-spec.quant: .* use w4"):
+            drafter_scheme.check_capability("w8a8", capability)

@@ -14,14 +14,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.import_patches import ModulePatch, patch_on_import
 
 
 def is_needed() -> bool:
-    """True only where CUDA is absent."""
+    """True only where torch is a build without CUDA.
+
+    Raises:
+        SelfSpecError: torch is a build for CUDA and cannot use a GPU here: training on the CPU is not what was asked for.
+    """
     import torch
 
-    return not torch.cuda.is_available()
+    if torch.cuda.is_available():
+        return False
+    if torch.version.cuda is not None:
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise SelfSpecError(
+                f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use a GPU here ({reason}); mend the driver "
+                "or start this where the GPUs are; for a machine without one, install the CPU stack with examples/setup.sh"
+            ) from error
+    return True
 
 
 def install() -> None:

@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 
 from openrlhf_sd.calibration_choice import choose_calibration
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
-from openrlhf_sd.drafter_scheme import linear_input_widths, resolve_scheme
+from openrlhf_sd.drafter_scheme import check_capability, linear_input_widths, resolve_scheme
 from openrlhf_sd.model_support import check_model, check_weights
 from openrlhf_sd.policy.cost_model import CostModel
 
@@ -18,7 +18,7 @@ def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -
     """Fill in what depends on platform and model: scheme and group size.
 
     Raises:
-        SelfSpecError: the model cannot be read, or the group size does not fit it.
+        SelfSpecError: the model cannot be read, the group size does not fit it, or the GPU has no kernel for the scheme.
     """
     from transformers import AutoConfig
 
@@ -29,7 +29,9 @@ def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -
         raise SelfSpecError(f"model: {model!r} holds no readable config.json ({str(error).splitlines()[0]})") from error
     check_model(hf_config.to_dict(), "model")
     check_weights(model, "model")
-    return resolve_scheme(config, linear_input_widths(hf_config, tensor_parallel_size), "cpu" if current_platform.is_cpu() else "cuda")
+    resolved = resolve_scheme(config, linear_input_widths(hf_config, tensor_parallel_size), "cpu" if current_platform.is_cpu() else "cuda")
+    check_capability(resolved.quant, current_platform.get_device_capability())
+    return resolved
 
 
 def engine_args(config: SelfSpecConfig, model: str | Path, tensor_parallel_size: int = 1, costs: CostModel | None = None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class DrafterWeights:
         self._quant = quant
         self._group_size = group_size
         self._is_open = False
+        self._storages: dict[str, torch.Tensor] = {}
         self._pending: Tensors = []
         self._pending_layer: str | None = None
         self._num_policy_params = 0
@@ -55,6 +56,7 @@ class DrafterWeights:
             return
         started = time.perf_counter()
         if not self._is_open:
+            self._storages = {parameter_name: parameter.data for parameter_name, parameter in self._layers.named_parameters()}
             initialize_layerwise_reload(self._layers)
             self._is_open = True
             self._spent_s = 0.0
@@ -84,6 +86,7 @@ class DrafterWeights:
         if self._is_open:
             with not_missing(self._never_sent):
                 finalize_layerwise_reload(self._layers, self._model_config)
+            self._move_back()
         self._is_open = False
         self.requantize_s = self._spent_s + time.perf_counter() - started
         # Counted per sync: one that delivers nothing under these names must not pass for the one before it.
@@ -97,6 +100,19 @@ class DrafterWeights:
             )
         self._num_policy_params = num_delivered
         return sources
+
+    def _move_back(self) -> None:
+        """Into the storage of before the reload, whose address the CUDA graphs hold, with what the reload has put elsewhere.
+
+        That is a bias under Marlin: the reload leaves biases where they are (`reload/meta.py: SKIP_TENSORS`), and Marlin's repacking
+        then permutes them into a new tensor (`kernels/linear/mixed_precision/marlin.py`). Without a graph nobody would notice, and in
+        one the drafter computes with freed memory.
+        """
+        for name, parameter in self._layers.named_parameters():
+            storage = self._storages[name]
+            if parameter.data_ptr() != storage.data_ptr():
+                parameter.data = storage.copy_(parameter.data)
+        self._storages = {}
 
     def _load_pending(self) -> None:
         """Hand a whole decoder layer to vLLM's loader: each call of it walks the module tree, which a call per tensor makes a fifth of

@@ -119,6 +119,7 @@ class SelfDraftProposer(DraftModelProposer):
         draft_probs: list[torch.Tensor] = []
         for step in range(num_speculative_tokens):
             positions = self._update_positions_dependent_metadata(positions, attn_metadata, batch_size, num_input_tokens, self.block_size)
+            attn_metadata._num_computed_tokens_cache = None  # of the draft step before; the line above advances all but this
             _, per_layer_attn_metadata = self.build_per_group_and_layer_attn_metadata(attn_metadata, draft_index=step)
             self.input_ids[:batch_size] = token_ids
             with set_forward_context(
@@ -173,6 +174,9 @@ class SelfDraftProposer(DraftModelProposer):
             # The host-side copies would need a device sync to follow the rejections; upstream drops them here too.
             _seq_lens_cpu=None,
             _num_computed_tokens_cpu=None,
+            # Filled by some attention backends (FlexAttention) while the policy's step was prepared.
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
             seq_lens_cpu_upper_bound=None if upper_bound is None else upper_bound[:batch_size].clone(),
             num_actual_tokens=batch_size,
             max_query_len=1,

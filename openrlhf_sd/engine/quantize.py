@@ -14,8 +14,9 @@ import torch
 
 Tensors = list[tuple[str, torch.Tensor]]
 
-_ROWS_PER_CHUNK_BYTES = 1 << 20
-"""Work on about this many bytes of weight at a time, so that intermediates stay in the L2 cache."""
+_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 128 << 20}
+"""Work on about this many bytes of fp32 weight at a time. CPU: intermediates stay in the L2 cache. CUDA: with the KV cache in place there
+may be no room for several fp32 copies of a large model's weight (1 GB each for a 72B model's MLP); launches still cost nothing."""
 
 
 def compressed_tensors_config(quant: str, group_size: int) -> dict[str, Any] | None:
@@ -97,7 +98,5 @@ def _scale(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _row_chunks(weight: torch.Tensor) -> list[slice]:
-    if weight.device.type != "cpu":
-        return [slice(None)]
-    step = max(1, _ROWS_PER_CHUNK_BYTES // (weight.shape[1] * 4))
+    step = max(1, _CHUNK_BYTES[weight.device.type] // (weight.shape[1] * 4))
     return [slice(start, start + step) for start in range(0, weight.shape[0], step)]

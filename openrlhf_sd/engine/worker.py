@@ -133,8 +133,9 @@ class _SelfSpecWorking:
     def execute_model(self, scheduler_output: SchedulerOutput):
         if not (self._self_spec_policy_is_whole and self.self_spec_drafter.is_whole):
             raise StaleDrafterError(
-                "self-speculation: a weight update is under way or ended without its end mark, so the drafter is older than the "
-                "policy; send the last parameter with update_weight(..., empty_cache=True) before generating"
+                "self-speculation: a weight update is under way or ended without its end mark, or sleep(level=2) threw the weights away, "
+                "so policy and drafter are not of one version; before generating, send every parameter, the last one with "
+                "update_weight(..., empty_cache=True)"
             )
         return super().execute_model(scheduler_output)
 
@@ -171,4 +172,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker
 
     class SelfSpecWorker(_SelfSpecWorking, Worker):
-        pass
+        def sleep(self, level: int = 1) -> None:
+            super().sleep(level)
+            if level == 2:  # throws the weights away; level 1, OpenRLHF's, keeps them
+                self._self_spec_policy_is_whole = False

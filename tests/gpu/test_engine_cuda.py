@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from engines import AcceptanceSince, generate, greedy, plain_engine, sampled, self_spec_engine, token_prompts
+from engines import AcceptanceSince, call, generate, greedy, plain_engine, sampled, self_spec_engine, token_prompts
+from vllm.platforms import current_platform
 
 from openrlhf_sd import SelfSpecConfig
 
@@ -16,6 +17,9 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
 BF16_GAP = 0.05
 EAGER = pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])
+IS_BLACKWELL = (current_platform.get_device_capability() or (0, 0))[0] >= 10
+NO_INT8 = pytest.mark.skipif(IS_BLACKWELL, reason="vLLM has no int8 kernel for this GPU")
+QUANT = pytest.mark.parametrize("quant", ["w4", pytest.param("w8a8", marks=NO_INT8)])
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def test_identical_drafter_is_accepted_with_the_kv_cache_of_plain_vllm(policy, e
 
 
 @EAGER
-@pytest.mark.parametrize("quant", ["w4", "w8a8"])
+@QUANT
 def test_greedy_is_plain_vllm_while_gamma_changes(measured, policy, quant, enforce_eager):
     import random_gamma
 
@@ -59,29 +63,106 @@ def test_greedy_is_plain_vllm_while_gamma_changes(measured, policy, quant, enfor
     measured(f"{quant}: {num_excused} of 64 prompts diverge, each at a near tie")
 
 
-@EAGER
-@pytest.mark.parametrize("quant", ["w4", "w8a8"])
-def test_drafter_follows_a_weight_sync_over_cuda_ipc(policy, quant, enforce_eager):
+class IpcTrainer:
     """The transport of `--train.colocate_all`: handles to tensors of this process, the end mark with the last one."""
-    import torch
-    from openrlhf.trainer.ray.utils import get_physical_gpu_id
-    from torch.multiprocessing.reductions import reduce_tensor
-    from trainer import logprob_errors, perturb
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16).cuda()
+    def __init__(self, policy) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16)
+
+    def sync(self, llm, seed: int) -> None:
+        """Change every parameter and send it."""
+        from openrlhf.trainer.ray.utils import get_physical_gpu_id
+        from torch.multiprocessing.reductions import reduce_tensor
+        from trainer import perturb
+
+        perturb(self.model, scale=0.3, seed=seed)
+        parameters = list(self.model.named_parameters())
+        for position, (name, parameter) in enumerate(parameters, start=1):
+            weight = parameter.data.cuda()
+            handles = {get_physical_gpu_id(): reduce_tensor(weight)}
+            is_last = position == len(parameters)
+            llm.collective_rpc("update_weight_cuda_ipc", args=(name, weight.dtype, weight.shape, handles, is_last))
+
+    def assert_followed(self, llm) -> None:
+        """By policy (logprobs are this model's) and drafter (accepted)."""
+        from trainer import logprob_errors
+
+        acceptance = AcceptanceSince(llm)
+        outputs = llm.generate(token_prompts(24, 512), sampled(32, logprobs=0), use_tqdm=False)
+        assert logprob_errors(self.model, outputs).mean() < 0.02
+        assert acceptance.rate() > 0.5
+
+
+def addresses(worker) -> dict[str, int]:
+    runner = worker.model_runner
+    models = {"policy": runner.get_model(), "drafter": runner.drafter.model}
+    return {f"{role} {name}": parameter.data_ptr() for role, model in models.items() for name, parameter in model.named_parameters()}
+
+
+@EAGER
+@QUANT
+def test_drafter_follows_a_weight_sync_over_cuda_ipc(policy, quant, enforce_eager):
+    trainer = IpcTrainer(policy)
     config = SelfSpecConfig(mode="fixed", gamma=3, quant=quant)
     with self_spec_engine(policy, config, enforce_eager=enforce_eager, gpu_memory_utilization=0.3) as llm:
-        for sync in (1, 2):
-            perturb(model.cpu(), scale=0.3, seed=sync)
-            model.cuda()
-            parameters = list(model.named_parameters())
-            for position, (name, parameter) in enumerate(parameters, start=1):
-                weight = parameter.data.clone()
-                handles = {get_physical_gpu_id(): reduce_tensor(weight)}
-                is_last = position == len(parameters)
-                llm.collective_rpc("update_weight_cuda_ipc", args=(name, weight.dtype, weight.shape, handles, is_last))
+        before = call(llm, addresses)
+        for seed in (1, 2):
+            trainer.sync(llm, seed)
+            # CUDA graphs hold these.
+            assert call(llm, addresses) == before
+            trainer.assert_followed(llm)
+
+
+def test_a_captured_drafter_computes_what_an_eager_one_does(measured, policy):
+    """The check after each sync (`drafter_probe.py`) runs outside of the graphs and cannot see what they hold. Drafts of the same weights
+    must be accepted as often with them as without. The biases are large here, because those are what Marlin moves at every sync."""
+    import torch
+
+    rates = {}
+    for mode, enforce_eager in (("eager", True), ("graphs", False)):
+        trainer = IpcTrainer(policy)
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.mul_(20)
+        config = SelfSpecConfig(mode="fixed", gamma=3, quant="w4")
+        with self_spec_engine(policy, config, enforce_eager=enforce_eager, gpu_memory_utilization=0.3) as llm:
+            for seed in (1, 2, 3):
+                trainer.sync(llm, seed)
             acceptance = AcceptanceSince(llm)
-            outputs = llm.generate(token_prompts(24, 512), sampled(32, logprobs=0), use_tqdm=False)
-            assert logprob_errors(model.cpu(), outputs).mean() < 0.02
-            assert acceptance.rate() > 0.5
+            generate(llm, token_prompts(64, 512), sampled(96))
+            rates[mode] = acceptance.rate()
+    measured(f"w4 after three syncs, acceptance: {rates}")
+    assert abs(rates["eager"] - rates["graphs"]) < 0.03
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_drafter_follows_a_weight_sync_between_sleep_and_wake_up(policy, level):
+    """OpenRLHF with --vllm.enable_sleep, level 1: asleep right after the start, weights awake for the sync, then the KV cache."""
+    trainer = IpcTrainer(policy)
+    config = SelfSpecConfig(mode="fixed", gamma=3, quant="w4")
+    with self_spec_engine(policy, config, enforce_eager=False, gpu_memory_utilization=0.3, enable_sleep_mode=True) as llm:
+        for seed in (1, 2):
+            llm.sleep(level=level)
+            llm.wake_up(tags=["weights"])
+            trainer.sync(llm, seed)
+            llm.wake_up(tags=["kv_cache"])
+            trainer.assert_followed(llm)
+
+
+def test_a_full_batch_of_the_longest_drafts_fits_beside_the_kv_cache(tmp_path):
+    """vLLM's start-up profile drafts one token per request; OpenRLHF's defaults then give 95% of the memory away, mostly to the KV cache.
+    Its 128 requests with 7 drafts each and the vocabulary of Qwen2.5 take several fp32 tensors of 0.6 GB in one step."""
+    from models import build_random_policy
+
+    vocab_size = 151936
+    policy = build_random_policy(tmp_path / "policy", tied=False, vocab_size=vocab_size)
+    config = SelfSpecConfig(mode="fixed", gamma=7, quant="w4")
+    sizes = {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.95, "max_num_seqs": 128}
+    more = {"logprobs_mode": "processed_logprobs", "max_logprobs": 1}
+    with self_spec_engine(policy, config, enforce_eager=False, **sizes, **more) as llm:
+        outputs = generate(llm, token_prompts(128, vocab_size), sampled(64, top_p=0.99, logprobs=1))
+    assert [len(tokens) for tokens in outputs] == 128 * [64]
