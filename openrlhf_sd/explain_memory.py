@@ -46,7 +46,7 @@ class MemoryPlan:
     """Requests of full length whose keys and values fit at once."""
 
     draft_probabilities_bytes: int
-    """fp32 probabilities of the longest drafts of all requests at once. vLLM's own start-up profile drafts one token per request."""
+    """fp32 probabilities of the longest drafts of all requests at once, one tensor (`engine/longest_drafts.py`)."""
 
 
 def plan_memory(

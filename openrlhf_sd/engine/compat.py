@@ -29,6 +29,8 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._maybe_share_lm_head", "shared with the policy"),
     ("vllm.v1.worker.gpu_worker", "Worker.get_kv_cache_spec", "KV sharing is declared while the layout is made"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.propose_draft_token_ids", "skipped with gamma 0"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._dummy_sampler_run", "profiles memory with the longest drafts"),
+    ("vllm.v1.spec_decode.metadata", "SpecDecodeMetadata.make_dummy", "profiles memory with the longest drafts"),
     ("vllm.v1.executor.multiproc_executor", "MultiprocExecutor.take_draft_token_ids", "skipped with gamma 0 on CPU"),
     ("vllm.v1.executor.multiproc_executor", "MultiprocExecutor.execute_model", "carries the step's gamma"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_kv_cache_spec", "fills shared_kv_cache_layers"),

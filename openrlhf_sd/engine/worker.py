@@ -13,6 +13,7 @@ from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.engine import compat
 from openrlhf_sd.engine.drafter_probe import MAX_ERROR, relative_errors
 from openrlhf_sd.engine.drafter_weights import DrafterWeights
+from openrlhf_sd.engine.longest_drafts import profile_longest_drafts
 from openrlhf_sd.engine.proposer import SelfDraftProposer
 from openrlhf_sd.engine.quantize import is_decoder_weight
 from openrlhf_sd.engine.weight_checks import ReceivedWeights, fingerprint
@@ -40,6 +41,7 @@ class _SelfSpecWorking:
         # Upstream stops drafting num_speculative_tokens tokens before the context ends and schedules zeros as drafts from there on. Our
         # drafter needs no such margin: positions past the end get a padding slot and the scheduler trims the drafts.
         runner.effective_drafter_max_model_len = runner.max_model_len + config.num_speculative_tokens + 1
+        profile_longest_drafts(runner, config.num_speculative_tokens)
 
         if not runner.use_async_scheduling:
             runner.propose_draft_token_ids = _skipping_gamma_0(runner.propose_draft_token_ids)
