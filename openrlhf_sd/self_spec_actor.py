@@ -10,6 +10,7 @@ from openrlhf_sd.rescoring import Auditor
 from openrlhf_sd.rollout_actor import print_news, recording_class
 from openrlhf_sd.rollout_record import ResponseCounts, RolloutRecord
 from openrlhf_sd.row_writer import RowWriter
+from openrlhf_sd.stop_strings import ending_at_stop_strings
 
 if TYPE_CHECKING:
     from openrlhf_sd.rollout_engines import SelfSpecRun
@@ -23,7 +24,7 @@ def self_spec_rollout_actor(upstream_actor: Any) -> Any:
 
 
 def _self_spec_class(base: type) -> type:
-    class SelfSpecRolloutActor(recording_class(base)):
+    class SelfSpecRolloutActor(recording_class(ending_at_stop_strings(base))):
         async def __init__(self, *args: Any, self_spec: SelfSpecRun, pool: Any, **kwargs: Any) -> None:
             from openrlhf_sd.engine.args import engine_args
             from openrlhf_sd.step_stats import StepStats  # imports vLLM, like the line above
