@@ -86,7 +86,9 @@ class Auditor:
         await self._llm.collective_rpc("self_spec_score_at", args=(temperature,))
         try:
             scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-            prompt = TokensPrompt(prompt_token_ids=prompt_token_ids + token_ids)
+            # Prefix caching: of a salt of its own nobody reads what this prefill leaves there. It is the old policy's, and OpenRLHF's
+            # order to forget that came before the first weight, after which this runs.
+            prompt = TokensPrompt(prompt_token_ids=prompt_token_ids + token_ids, cache_salt=random_uuid())
             async for output in self._llm.generate(prompt, scoring, request_id=random_uuid()):
                 pass
         finally:

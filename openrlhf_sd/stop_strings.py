@@ -1,7 +1,7 @@
 """Responses that a stop string ends, token for token as without speculation.
 
-vLLM looks for stop strings in the text of a step's new tokens. It cuts the text behind a match, but not `token_ids` and `logprobs`: a step of
-several tokens leaves those after the match in place, and OpenRLHF trains on token ids. (`stop_token_ids` are cut by the scheduler.)
+vLLM looks for stop strings in the text of a step's new tokens. It cuts the text behind a match, but not `token_ids` and `logprobs`: a step
+of several tokens leaves those after the match in place, and OpenRLHF trains on token ids. (`stop_token_ids` are cut by the scheduler.)
 """
 
 from __future__ import annotations

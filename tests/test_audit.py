@@ -6,10 +6,13 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from fake_engine import Sizes, block_hasher, make_scheduler
 from vllm import SamplingParams
+from vllm.v1.request import Request
 
-from openrlhf_sd import audit
+from openrlhf_sd import SelfSpecConfig, audit
 from openrlhf_sd.audit import AuditError, ScoredResponse
+from openrlhf_sd.engine.scheduler import SelfSpecScheduler
 from openrlhf_sd.rescoring import Auditor
 
 
@@ -67,6 +70,7 @@ class ScoringEngine:
         self.model_config = SimpleNamespace(logprobs_mode=logprobs_mode, max_model_len=10)
         self.temperatures = []
         self.prompts = []
+        self.salts = []
         self._missing = missing
 
     async def collective_rpc(self, method, args):
@@ -76,6 +80,7 @@ class ScoringEngine:
     async def generate(self, prompt, params, request_id):
         tokens = prompt["prompt_token_ids"]
         self.prompts.append(tokens)
+        self.salts.append(prompt.get("cache_salt"))
         assert params.prompt_logprobs == 0 and len(tokens) < self.model_config.max_model_len
         entries = [None if p == 0 or p in self._missing else {t: SimpleNamespace(logprob=-1.25)} for p, t in enumerate(tokens)]
         yield SimpleNamespace(prompt_logprobs=entries)
@@ -125,6 +130,29 @@ def test_raw_logprobs_are_those_of_temperature_1_and_a_full_context_loses_its_la
     assert engine.temperatures == [1.0, 1.0]
     assert len(engine.prompts[0]) == 9
     assert auditor.take_result().num_tokens == 6
+
+
+def test_with_prefix_caching_the_next_policy_does_not_start_from_what_the_audit_computed(tmp_path):
+    """The audit comes after OpenRLHF's order to forget the cache and before the new weights."""
+    scoring = ScoringEngine()
+    prompt, answer = list(range(1, 20)), list(range(20, 30))
+    scoring.model_config.max_model_len = 64
+    run(Auditor(scoring, 1, tmp_path, 0), (prompt, SamplingParams(), completion(answer)))
+    sizes = Sizes(prefix_caching=True)
+    caches = make_scheduler(SelfSpecScheduler, SelfSpecConfig(mode="fixed"), sizes, is_async=False).kv_cache_manager
+
+    def num_found(salt):
+        """Tokens of the prompt that a rollout finds cached after a request of that salt has computed prompt and answer."""
+        caches.reset_prefix_cache()
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        scored = Request("scored", prompt + answer, params, None, block_hasher=block_hasher, cache_salt=salt)
+        caches.allocate_slots(scored, scored.num_tokens)
+        caches.free(scored)
+        rollout = Request("rollout", prompt, SamplingParams(max_tokens=9), None, block_hasher=block_hasher)
+        return caches.get_computed_blocks(rollout)[1]
+
+    assert num_found(None) == 16, "without a salt: that request reads no cache, but fills it"
+    assert num_found(scoring.salts[0]) == 0
 
 
 @pytest.mark.parametrize("where", ["rollout", "rescoring"])
