@@ -41,8 +41,11 @@ class Auditor:
         return asked
 
     def _is_comparable(self, params: Any) -> bool:
-        """Processed logprobs of a cut distribution have no counterpart in a prefill (an agent may ask for such; the flags may not)."""
-        return not self._is_processed or (params.top_p == 1 and params.top_k <= 0 and params.min_p == 0)
+        """Processed logprobs of a distribution that was cut or bent have no counterpart in a prefill, nor have any under a grammar (an agent
+        may ask for such; the flags may not)."""
+        is_cut = params.top_p < 1 or params.top_k > 0 or params.min_p > 0 or params.allowed_token_ids or params.bad_words
+        is_bent = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1 or params.logit_bias
+        return params.structured_outputs is None and not (self._is_processed and (is_cut or is_bent))
 
     def keep(self, prompt_token_ids: list[int], params: Any, completion: Any) -> None:
         self._kept.append((list(prompt_token_ids), params, completion))

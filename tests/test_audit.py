@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from fake_engine import Sizes, block_hasher, make_scheduler
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import Request
 
 from openrlhf_sd import SelfSpecConfig, audit
@@ -107,9 +108,21 @@ def test_chosen_requests_are_spread_and_ask_for_logprobs(tmp_path):
     assert auditor.choose(SamplingParams(logprobs=1)).logprobs == 1
 
 
-def test_a_cut_distribution_is_not_comparable_where_logprobs_are_processed(tmp_path):
-    assert Auditor(ScoringEngine(), 1, tmp_path, 0).choose(SamplingParams(top_p=0.9)) is None
-    assert Auditor(ScoringEngine("raw_logprobs"), 1, tmp_path, 0).choose(SamplingParams(top_p=0.9))
+CHANGED = [
+    *({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"allowed_token_ids": [1, 2]}, {"bad_words": ["no"]}),
+    *({"presence_penalty": 0.5}, {"frequency_penalty": -0.5}, {"repetition_penalty": 1.1}, {"logit_bias": {1: 2.0}}),
+]
+
+
+@pytest.mark.parametrize("change", CHANGED, ids=str)
+def test_a_cut_or_bent_distribution_is_not_comparable_where_logprobs_are_processed(tmp_path, change):
+    assert Auditor(ScoringEngine(), 1, tmp_path, 0).choose(SamplingParams(**change)) is None
+    assert Auditor(ScoringEngine("raw_logprobs"), 1, tmp_path, 0).choose(SamplingParams(**change))
+
+
+def test_what_a_grammar_allows_is_not_comparable_at_all(tmp_path):
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+    assert Auditor(ScoringEngine("raw_logprobs"), 1, tmp_path, 0).choose(params) is None
 
 
 def test_scores_at_the_temperature_of_the_rollout_without_the_tokens_of_a_minimum_length(tmp_path):
