@@ -14,16 +14,17 @@ class Auditor:
     """Args:
     llm: vLLM's AsyncLLM, self-speculating.
     folder: for evidence.
+    rollout: number of the first one.
     """
 
-    def __init__(self, llm: Any, every: int, folder: Path, engine: int) -> None:
+    def __init__(self, llm: Any, every: int, folder: Path, engine: int, rollout: int = 0) -> None:
         self._llm = llm
         self._every = every
         self._folder = folder
         self._engine = engine
         self._is_processed = llm.model_config.logprobs_mode == "processed_logprobs"
         self._num_requests = 0
-        self._rollout = 0
+        self._rollout = rollout
         self._kept: list[tuple[list[int], Any, Any]] = []
         self._result: Audit | None = None
         self._failure: AuditError | None = None

@@ -65,9 +65,10 @@ def self_spec_rows(run_dir: Path) -> list[dict]:
 
 def assert_fresh_and_exact(rows: list[dict], num_engines: int) -> None:
     """Every sync brought new weights, the same to every engine, and left a drafter that computes what they say."""
-    fingerprints = [
-        {row["weights_fingerprint"] for row in rows if row["rollout"] == rollout} for rollout in range(len(rows) // num_engines)
-    ]
+    # With a queue, nothing may lie between two broadcasts: no row has that number.
+    rollouts = sorted({row["rollout"] for row in rows})
+    fingerprints = [{row["weights_fingerprint"] for row in rows if row["rollout"] == rollout} for rollout in rollouts]
+    assert len(rows) == len(rollouts) * num_engines
     assert all(len(of_one_sync) == 1 for of_one_sync in fingerprints)
     assert len(set.union(*fingerprints)) == len(fingerprints)
     for row in rows:
