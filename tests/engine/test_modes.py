@@ -109,8 +109,7 @@ def shown_kl(run_dir: Path) -> str:
 
 
 def test_partial_rollouts(measured, warm_policy, data, tmp_path):
-    """Weights change in the middle of a response: its old tokens keep the KV of the old policy, in the drafter as in the policy, and a
-    drafter older than the policy would stop the engine (StaleDrafterError)."""
+    """Weights change in the middle of a response; a drafter older than the policy would stop the engine (StaleDrafterError)."""
     run_dir = train(
         *(tmp_path / "run", warm_policy, data, "--self-spec", "fixed", "--self-spec.gamma", 3),
         *(*ASYNC, "--train.partial_rollout_enable", "--data.max_samples", 6 * PROMPTS),
