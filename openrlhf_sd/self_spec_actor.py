@@ -129,7 +129,8 @@ def _self_spec_class(base: type) -> type:
                 counts: ResponseCounts = response.pop(_COUNTS_KEY)
                 logs = counts.logs(self._record)
                 self._record.response_logged(logs)
-                response["extra_logs"] = {**response["extra_logs"], **logs}
+                # An agent executor of the user's own may leave them out: OpenRLHF does without (`samples_generator.py`).
+                response["extra_logs"] = {**response.get("extra_logs", {}), **logs}
             return responses
 
         def _spec_decode_counts(self, record: RolloutRecord):

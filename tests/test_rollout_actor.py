@@ -1,4 +1,4 @@
-"""Which number a rollout gets in the records: that of the training step it feeds, on every engine, also where one was idle or the run was
+"""What the rollout actor adds to OpenRLHF's, without an engine. Which number a rollout gets in the records: that of the training step it feeds, on every engine, also where one was idle or the run was
 resumed. Readers pool the engines' rows and join them with OpenRLHF's steps by it."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from openrlhf_sd.metrics import read_rows
 from openrlhf_sd.rollout_actor import recording_class
 from openrlhf_sd.rollout_pool import RolloutPool
-from openrlhf_sd.self_spec_actor import _self_spec_class
+from openrlhf_sd.self_spec_actor import _CountingExecutor, _self_spec_class
 
 
 class Upstream:
@@ -24,6 +24,9 @@ class Upstream:
 
     async def update_weight(self, name, dtype, shape, empty_cache=False):
         pass
+
+    async def generate_responses(self, **kwargs):
+        return [await self.executor.execute(**kwargs, llm_engine=self)]
 
 
 async def rollouts(actor, *num_prompts: int) -> None:
@@ -107,3 +110,17 @@ def test_syncs_that_bring_all_engines_the_same_weights_go_on(tmp_path):
         return [actor._rollout for actor in actors]
 
     assert asyncio.run(run()) == [9, 9]
+
+
+def test_an_executor_without_extra_logs_is_as_good_as_for_openrlhf(tmp_path):
+    class Executor:
+        async def execute(self, prompt, llm_engine):
+            return {"prompt": prompt}
+
+    async def run():
+        actor = await speculating(tmp_path, RolloutPool(1), 0, [])
+        actor.executor = _CountingExecutor(Executor())
+        return await actor.generate_responses(prompt="one")
+
+    [response] = asyncio.run(run())
+    assert response["prompt"] == "one" and "rollout/sd/num_drafts" in response["extra_logs"]
