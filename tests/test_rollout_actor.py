@@ -1,5 +1,8 @@
-"""What the rollout actor adds to OpenRLHF's, without an engine. Which number a rollout gets in the records: that of the training step it feeds, on every engine, also where one was idle or the run was
-resumed. Readers pool the engines' rows and join them with OpenRLHF's steps by it."""
+"""What the rollout actor adds to OpenRLHF's, without an engine.
+
+A rollout gets the number of the training step it feeds, on every engine, also where one was idle or the run was resumed: readers pool the
+engines' rows and join them with OpenRLHF's steps by it.
+"""
 
 from __future__ import annotations
 
