@@ -56,15 +56,19 @@ def controller_states(upstream: dict[str, Any], mode: str) -> ControllerStates |
     saves = upstream["ckpt.save_steps"] > 0 or (upstream["eval.dataset"] and upstream["eval.steps"] > 0)
     if not saves and not upstream["ckpt.load_enable"]:
         return None
-    path = Path(upstream["ckpt.path"])
-    return ControllerStates(str(path.resolve() / FOLDER), _checkpoint_step(path) if upstream["ckpt.load_enable"] else 0, mode)
+    return ControllerStates(str(Path(upstream["ckpt.path"]).resolve() / FOLDER), checkpoint_step(upstream), mode)
 
 
-def _checkpoint_step(path: Path) -> int:
-    """DeepSpeed's file `latest` names the newest checkpoint, OpenRLHF calls it global_stepN or best_global_stepN."""
-    latest = path / "_actor" / "latest"
-    if not latest.exists():
-        return 0  # OpenRLHF starts anew then, too
+def checkpoint_step(upstream: dict[str, Any]) -> int:
+    """The global step that a run with these flags of OpenRLHF goes on from; 0 for a run that starts anew. DeepSpeed's file `latest` names the
+    newest checkpoint, OpenRLHF calls it global_stepN or best_global_stepN.
+
+    Raises:
+        SelfSpecError: the checkpoint names no step.
+    """
+    latest = Path(upstream["ckpt.path"]) / "_actor" / "latest"
+    if not upstream["ckpt.load_enable"] or not latest.exists():
+        return 0  # without a checkpoint OpenRLHF starts anew, too
     match = re.fullmatch(r"(?:best_)?global_step(\d+)", latest.read_text().strip())
     if match is None:
         raise SelfSpecError(f"--ckpt.path: {latest} names no global_step; give the folder of an OpenRLHF run, or drop --ckpt.load_enable")

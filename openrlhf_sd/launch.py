@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from openrlhf_sd import flags, preflight, provenance, worker_setup
 from openrlhf_sd.config import SelfSpecError, printable
+from openrlhf_sd.controller_states import checkpoint_step, controller_states
 from openrlhf_sd.cpu import platform, ray_start
 from openrlhf_sd.process_tree import adopt_orphans, end_descendants
 
@@ -78,15 +79,15 @@ def run(argv: Sequence[str]) -> int:
     if on_cpu:
         preflight.check_cpu(upstream)
     flags.check_upstream(upstream)
+    settings = vars(upstream)
+    resumed_step = checkpoint_step(settings) if config is not None or run_dir is not None else 0
     self_spec = calibration = None
     if config is not None:
         from openrlhf_sd.calibration_choice import choose_calibration, rollout_logprobs
-        from openrlhf_sd.controller_states import controller_states
         from openrlhf_sd.engine.args import resolve
         from openrlhf_sd.rollout_engines import SelfSpecRun
 
         # The scheme and group size that will run go into config.json, not the question.
-        settings = vars(upstream)
         model, ranks = settings["actor.model_name_or_path"], settings["vllm.tensor_parallel_size"]
         config = resolve(config, model, ranks)
         states = controller_states(settings, config.mode)
@@ -96,14 +97,14 @@ def run(argv: Sequence[str]) -> int:
         self_spec = SelfSpecRun(config, calibration and calibration.cost_model, states)
 
     if run_dir is None:
-        train(self_spec, None, upstream_argv, upstream, on_cpu)
+        train(self_spec, None, resumed_step, upstream_argv, upstream, on_cpu)
         return 0
     provenance.begin_run(Path(run_dir), argv, config, vars(upstream))
     if calibration is not None:
         calibration.save(Path(run_dir) / "calibration.json")
     status = "failed"
     try:
-        train(self_spec, run_dir, upstream_argv, upstream, on_cpu)
+        train(self_spec, run_dir, resumed_step, upstream_argv, upstream, on_cpu)
         status = "finished"
     finally:
         provenance.end_run(Path(run_dir), status)
@@ -114,6 +115,7 @@ def run(argv: Sequence[str]) -> int:
 def train(
     self_spec: SelfSpecRun | None,
     run_dir: str | None,
+    resumed_step: int,
     upstream_argv: Sequence[str],
     upstream: argparse.Namespace,
     on_cpu: bool,
@@ -129,7 +131,7 @@ def train(
     if is_ours:
         from openrlhf_sd.rollout_engines import make_create_vllm_engines
 
-        openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(self_spec, run_dir)
+        openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(self_spec, run_dir, resumed_step)
 
     adopt_orphans()
     signal.signal(signal.SIGTERM, _interrupt)

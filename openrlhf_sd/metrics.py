@@ -6,6 +6,7 @@ One JSON object per rollout and engine. Words for speculation counts are those o
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -136,6 +137,7 @@ def append_row(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
 
     Raises:
         ValueError: a value is NaN or infinite. Not measured is null.
+        OSError: the disk takes nothing, or only the beginning of the line, as one that has just become full does.
     """
     try:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
@@ -146,7 +148,8 @@ def append_row(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 line = b"\n" + line
-        file.write(line)
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
 
 
 def read_rows(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_S = 5.0
@@ -23,8 +26,22 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Within, a second Ctrl-C of somebody who does not want to wait goes unheard: it would leave to themselves what the first one has not
+    ended yet. For the main thread."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@_undisturbed()
 def end_descendants() -> None:
-    """Terminate every process started under this one; kill what is left after `GRACE_S` seconds."""
+    """Terminate every process started under this one; kill what is left after `GRACE_S` seconds. Takes no Ctrl-C meanwhile, three times
+    `GRACE_S` at most."""
     import psutil
 
     descendants = psutil.Process(os.getpid()).children(recursive=True)

@@ -92,7 +92,10 @@ def timed_steps(run: RunRecords, num_warmup_steps: int) -> list[int]:
 
 
 def s_per_token(run: RunRecords) -> dict[int, float]:
-    """Trainer-clock rollout seconds per generated token, by global step."""
+    """Trainer-clock rollout seconds per generated token, by global step. Empty for asynchronous training: there a row holds what was
+    generated between two weight broadcasts, which may be two batches or none, and the trainer's clock has one time for each batch."""
+    if run.config["openrlhf"].get("train.async_enable"):
+        return {}
     rollout_s = run.scalar(ROLLOUT_S)
     return {
         step: rollout_s[step] / totals.num_output_tokens

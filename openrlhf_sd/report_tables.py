@@ -153,7 +153,8 @@ def reading_notes(comparison: Comparison) -> list[str]:
         "from all times, throughput and speed-ups. Reward, length, acceptance and vllm_kl use all steps.",
         "Rollout and whole-step times are OpenRLHF's own trainer clock, the same code in every run. A whole step is "
         "rollout, making experience, training and weight sync (upstream's wall clock with asynchronous training); "
-        "evaluation and checkpoints are not in it. Token counts, acceptance and re-quantize times are the engine's own "
+        "evaluation and checkpoints are not in it. With asynchronous training nothing is said per token: a record of the engines "
+        "holds what lies between two weight syncs, which is not what one step trained on. Token counts, acceptance and re-quantize times are the engine's own "
         "records.",
         "Cells read median [25th, 75th percentile] over steps. A speed-up is the ratio of medians over the steps both "
         "runs logged, in brackets its 95% bootstrap interval; below 1 the run is slower. The reward difference is the "

@@ -14,16 +14,17 @@ class Auditor:
     """Args:
     llm: vLLM's AsyncLLM, self-speculating.
     folder: for evidence.
+    rollout: number of the first one.
     """
 
-    def __init__(self, llm: Any, every: int, folder: Path, engine: int) -> None:
+    def __init__(self, llm: Any, every: int, folder: Path, engine: int, rollout: int = 0) -> None:
         self._llm = llm
         self._every = every
         self._folder = folder
         self._engine = engine
         self._is_processed = llm.model_config.logprobs_mode == "processed_logprobs"
         self._num_requests = 0
-        self._rollout = 0
+        self._rollout = rollout
         self._kept: list[tuple[list[int], Any, Any]] = []
         self._result: Audit | None = None
         self._failure: AuditError | None = None
@@ -41,8 +42,11 @@ class Auditor:
         return asked
 
     def _is_comparable(self, params: Any) -> bool:
-        """Processed logprobs of a cut distribution have no counterpart in a prefill (an agent may ask for such; the flags may not)."""
-        return not self._is_processed or (params.top_p == 1 and params.top_k <= 0 and params.min_p == 0)
+        """Processed logprobs of a distribution that was cut or bent have no counterpart in a prefill, nor have any under a grammar (an agent
+        may ask for such; the flags may not)."""
+        is_cut = params.top_p < 1 or params.top_k > 0 or params.min_p > 0 or params.allowed_token_ids or params.bad_words
+        is_bent = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1 or params.logit_bias
+        return params.structured_outputs is None and not (self._is_processed and (is_cut or is_bent))
 
     def keep(self, prompt_token_ids: list[int], params: Any, completion: Any) -> None:
         self._kept.append((list(prompt_token_ids), params, completion))
@@ -86,8 +90,16 @@ class Auditor:
         await self._llm.collective_rpc("self_spec_score_at", args=(temperature,))
         try:
             scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+<<<<<<< HEAD
             prompt = TokensPrompt(prompt_token_ids=prompt_token_ids + token_ids)
             scored = [output async for output in self._llm.generate(prompt, scoring, request_id=random_uuid())][-1]
+=======
+            # Prefix caching: of a salt of its own nobody reads what this prefill leaves there. It is the old policy's, and OpenRLHF's
+            # order to forget that came before the first weight, after which this runs.
+            prompt = TokensPrompt(prompt_token_ids=prompt_token_ids + token_ids, cache_salt=random_uuid())
+            async for output in self._llm.generate(prompt, scoring, request_id=random_uuid()):
+                pass
+>>>>>>> wt-review
         finally:
             await self._llm.collective_rpc("self_spec_score_at", args=(1.0,))
         first = len(prompt_token_ids)

@@ -28,13 +28,15 @@ def print_news(line: str | None) -> None:
 
 def recording_class(base: type) -> type:
     class RecordingRolloutActor(base):
-        """A rollout is what is generated between two ends of a weight broadcast; the row is written at the second."""
+        """A rollout is what is generated between two ends of a weight broadcast; the row is written at the second. All engines take part in
+        every broadcast, so they count rollouts alike, those in which one had nothing to do included."""
 
-        async def __init__(self, *args: Any, engine: int, run_dir: Path | None, **kwargs: Any) -> None:
+        async def __init__(self, *args: Any, engine: int, run_dir: Path | None, resumed_step: int, **kwargs: Any) -> None:
             self._engine = engine
             self._run_dir = run_dir
             self._rows = run_dir and RowWriter(run_dir / METRICS_FILE)
-            self._rollout = 0
+            self._rollout = resumed_step
+            self._awaits_checkpoint = resumed_step > 0
             self._sync_started_s: float | None = None
             self._record = RolloutRecord()
             self._training_record: RolloutRecord | None = None
@@ -81,24 +83,32 @@ def recording_class(base: type) -> type:
         async def _sync_ended(self) -> None:
             weight_sync_s = time.perf_counter() - self._sync_started_s
             self._sync_started_s = None
+            if self._awaits_checkpoint:
+                # OpenRLHF broadcasts the checkpoint's weights before the first rollout; that sync ends no training step.
+                self._awaits_checkpoint = False
+                await self._checkpoint_arrived()
+                return
             record, self._record = self._record, self._record.next()
             report = await self._rollout_ended(record) or {}
+            rollout, self._rollout = self._rollout, self._rollout + 1
             if record.num_responses == 0:
-                return  # the broadcast of a resumed run, before its first rollout
+                return
             row = record.row(
-                rollout=self._rollout,
+                rollout=rollout,
                 engine=self._engine,
                 time_unix_s=time.time(),
                 weight_sync_s=weight_sync_s,
                 counts=self._spec_decode_counts(record),
                 report=report,
             )
-            self._rollout += 1
             if self._rows is not None:
                 print_news(self._rows.write(row))
 
+        async def _checkpoint_arrived(self) -> None:
+            """The weights of a resumed run are there."""
+
         async def _rollout_ended(self, record: RolloutRecord) -> dict[str, Any] | None:
-            """What goes into the row beside what this class has counted; see `RolloutRecord.row`."""
+            """Of rollout number `self._rollout`: what goes into the row beside what this class has counted; see `RolloutRecord.row`."""
             return None
 
         def _spec_decode_counts(self, record: RolloutRecord):

@@ -32,12 +32,13 @@ class SelfSpecRun:
     states: ControllerStates | None
 
 
-def make_create_vllm_engines(self_spec: SelfSpecRun | None, run_dir: str | None) -> Any:
+def make_create_vllm_engines(self_spec: SelfSpecRun | None, run_dir: str | None, resumed_step: int = 0) -> Any:
     """A stand-in for `openrlhf.trainer.ray.create_vllm_engines` with the same signature.
 
     Args:
         self_spec: None for vanilla engines whose rollouts are recorded and nothing else.
         run_dir: where metrics.jsonl and evidence go; None keeps no file.
+        resumed_step: global step of the checkpoint that the run goes on from; 0 for a run that starts anew.
     """
     from openrlhf.trainer.ray import vllm_engine
 
@@ -45,7 +46,8 @@ def make_create_vllm_engines(self_spec: SelfSpecRun | None, run_dir: str | None)
 
     def create_vllm_engines(num_engines: int, *args: Any, **kwargs: Any) -> list[Any]:
         upstream_actor = vllm_engine.RolloutRayActor
-        ours: dict[str, Any] = {"run_dir": run_dir and Path(run_dir).resolve()}  # an actor may work in another folder
+        folder = run_dir and Path(run_dir).resolve()  # an actor may work in another one
+        ours: dict[str, Any] = {"run_dir": folder, "resumed_step": resumed_step}
         if self_spec is None:
             actors = _NumberedActors(plain_rollout_actor(upstream_actor), ours)
         else:

@@ -114,9 +114,14 @@ class ResponseCounts:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    is_measured: bool = True
 
     def add(self, request_metrics: Any) -> None:
-        """`request_metrics`: vLLM's RequestSpecDecodeMetrics; its histogram counts verify steps by accepted tokens."""
+        """`request_metrics`: vLLM's RequestSpecDecodeMetrics; its histogram counts verify steps by accepted tokens. None for a request
+        that the front end ended, by a stop string or an abort: the engine process then tells nobody its counts."""
+        if request_metrics is None:
+            self.is_measured = False
+            return
         self.num_drafts += sum(request_metrics.histogram)
         self.num_draft_tokens += request_metrics.num_draft_tokens
         self.num_accepted_tokens += sum(accepted * steps for accepted, steps in enumerate(request_metrics.histogram))
@@ -125,16 +130,20 @@ class ResponseCounts:
         """This response's share of OpenRLHF's logged means. Every response must carry every key.
 
         A response that drafted nothing counts as the engine's pooled rate so far, so that it does not pull the mean; NaN (a gap in
-        the plot) while nothing has been drafted at all.
+        the plot) while nothing has been drafted at all. Of a response that was not measured the counts are NaN, too.
         """
         own = SpecDecodeCounts(self.num_drafts, self.num_draft_tokens, self.num_accepted_tokens)
-        known = next((c for c in (own, record.counts, record.acceptance_before) if c.num_drafts), None)
-        return {
-            f"{LOG_PREFIX}acceptance_rate": known.acceptance_rate if known else float("nan"),
-            f"{LOG_PREFIX}mean_acceptance_length": known.mean_acceptance_length if known else float("nan"),
+        candidates = (own, record.counts, record.acceptance_before) if self.is_measured else (record.counts, record.acceptance_before)
+        known = next((c for c in candidates if c.num_drafts), None)
+        counts = {
             f"{LOG_PREFIX}num_drafts": float(self.num_drafts),
             f"{LOG_PREFIX}num_draft_tokens": float(self.num_draft_tokens),
             f"{LOG_PREFIX}num_accepted_tokens": float(self.num_accepted_tokens),
+        }
+        return {
+            f"{LOG_PREFIX}acceptance_rate": known.acceptance_rate if known else float("nan"),
+            f"{LOG_PREFIX}mean_acceptance_length": known.mean_acceptance_length if known else float("nan"),
+            **(counts if self.is_measured else dict.fromkeys(counts, float("nan"))),
         }
 
 

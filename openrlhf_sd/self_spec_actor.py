@@ -10,6 +10,7 @@ from openrlhf_sd.rescoring import Auditor
 from openrlhf_sd.rollout_actor import print_news, recording_class
 from openrlhf_sd.rollout_record import ResponseCounts, RolloutRecord
 from openrlhf_sd.row_writer import RowWriter
+from openrlhf_sd.stop_strings import ending_at_stop_strings
 
 if TYPE_CHECKING:
     from openrlhf_sd.rollout_engines import SelfSpecRun
@@ -23,7 +24,7 @@ def self_spec_rollout_actor(upstream_actor: Any) -> Any:
 
 
 def _self_spec_class(base: type) -> type:
-    class SelfSpecRolloutActor(recording_class(base)):
+    class SelfSpecRolloutActor(recording_class(ending_at_stop_strings(base))):
         async def __init__(self, *args: Any, self_spec: SelfSpecRun, pool: Any, **kwargs: Any) -> None:
             from openrlhf_sd.engine.args import engine_args
             from openrlhf_sd.step_stats import StepStats  # imports vLLM, like the line above
@@ -31,9 +32,7 @@ def _self_spec_class(base: type) -> type:
             self._states = self_spec.states
             self._state_rows = self._states and RowWriter(self._states.path(kwargs["engine"]))
             self._pool = pool
-            self._num_syncs = 0
             self._auditor: Auditor | None = None
-            self._resumed = False
             kwargs |= engine_args(self_spec.config, kwargs["model"], kwargs["tensor_parallel_size"], costs=self_spec.costs)
             kwargs["per_request_spec_decode_metrics"] = "summary"
             await super().__init__(*args, **kwargs)
@@ -41,7 +40,7 @@ def _self_spec_class(base: type) -> type:
             # The engine process reports drafts and acceptances per step to its frontend's stat loggers, in this process.
             self.llm.logger_manager.stat_loggers.append(StepStats(self._on_step))
             if self_spec.config.audit:
-                self._auditor = Auditor(self.llm, self_spec.config.audit, self._run_dir / "audit", self._engine)
+                self._auditor = Auditor(self.llm, self_spec.config.audit, self._run_dir / "audit", self._engine, self._rollout)
             await self._start_controller()
 
         async def _start_controller(self) -> None:
@@ -49,8 +48,6 @@ def _self_spec_class(base: type) -> type:
             await self._call_core("self_spec_end_rollout", 0, 0, 0)
             if self._states is None or self._states.global_step == 0:
                 return
-            self._num_syncs = self._states.global_step
-            self._resumed = True
             state = self._states.load(self._engine)
             if state is None:
                 print(
@@ -71,18 +68,17 @@ def _self_spec_class(base: type) -> type:
             await super().end_eval()
             await self._call_core("self_spec_end_eval")
 
-        async def _rollout_ended(self, record: RolloutRecord) -> dict[str, Any] | None:
-            if self._resumed:
-                # OpenRLHF broadcasts the checkpoint's weights before the first rollout; that sync ends no training step.
-                self._resumed = False
-                return None
+        async def _checkpoint_arrived(self) -> None:
+            await self._sync_report(self._rollout)
+
+        async def _rollout_ended(self, record: RolloutRecord) -> dict[str, Any]:
             own = record.counts.num_drafts, record.counts.num_draft_tokens, record.counts.num_accepted_tokens
-            pooled = await self._pool.add.remote(self._num_syncs, own)
-            self._num_syncs += 1
+            pooled = await self._pool.add.remote(self._rollout, own)
+            global_step = self._rollout + 1
             report = json.loads(await self._call_core("self_spec_end_rollout", *pooled))
             if self._state_rows is not None:
-                print_news(self._state_rows.write(self._states.row(self._num_syncs, report["controller"])))
-            return report | await self._sync_report() | self._audit_report()
+                print_news(self._state_rows.write(self._states.row(global_step, report["controller"])))
+            return report | await self._sync_report(global_step) | self._audit_report()
 
         def _audit_report(self) -> dict[str, Any]:
             result = self._auditor and self._auditor.take_result()
@@ -106,11 +102,11 @@ def _self_spec_class(base: type) -> type:
             finally:
                 await self._call_core("self_spec_end_eval")
 
-        async def _sync_report(self) -> dict[str, Any]:
-            """Raises RuntimeError where the engines of the run were sent different weights."""
+        async def _sync_report(self, global_step: int) -> dict[str, Any]:
+            """Of the sync that brought the weights of this step. Raises RuntimeError where the engines of the run were sent different ones."""
             reports = await self.llm.collective_rpc("self_spec_sync_report")
             for report in reports:
-                await self._pool.agree.remote(self._num_syncs, report["fingerprint"])
+                await self._pool.agree.remote(global_step, report["fingerprint"])
             # Every tensor-parallel rank re-quantizes at the same time; the sync waited for the slowest.
             slowest = max(reports, key=lambda report: report["requantize_s"])
             return {**slowest, "drafter_error": max(report["drafter_error"] for report in reports)}
@@ -133,7 +129,8 @@ def _self_spec_class(base: type) -> type:
                 counts: ResponseCounts = response.pop(_COUNTS_KEY)
                 logs = counts.logs(self._record)
                 self._record.response_logged(logs)
-                response["extra_logs"] = {**response["extra_logs"], **logs}
+                # An agent executor of the user's own may leave them out: OpenRLHF does without (`samples_generator.py`).
+                response["extra_logs"] = {**response.get("extra_logs", {}), **logs}
             return responses
 
         def _spec_decode_counts(self, record: RolloutRecord):

@@ -44,7 +44,7 @@ WRONG = 8
 """No request ever generates it."""
 
 init_none_hash(sha256)
-_block_hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+block_hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Script:
 
     def request(self, prefix_caching: bool) -> Request:
         params = SamplingParams(max_tokens=self.max_tokens, stop_token_ids=[STOP], detokenize=False)
-        hasher = _block_hasher if prefix_caching else None
+        hasher = block_hasher if prefix_caching else None
         return Request(self.request_id, list(self.prompt), params, None, block_hasher=hasher)
 
 

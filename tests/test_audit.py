@@ -6,10 +6,14 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from fake_engine import Sizes, block_hasher, make_scheduler
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.request import Request
 
-from openrlhf_sd import audit
+from openrlhf_sd import SelfSpecConfig, audit
 from openrlhf_sd.audit import AuditError, ScoredResponse
+from openrlhf_sd.engine.scheduler import SelfSpecScheduler
 from openrlhf_sd.rescoring import Auditor
 
 
@@ -67,6 +71,7 @@ class ScoringEngine:
         self.model_config = SimpleNamespace(logprobs_mode=logprobs_mode, max_model_len=10)
         self.temperatures = []
         self.prompts = []
+        self.salts = []
         self._missing = missing
 
     async def collective_rpc(self, method, args):
@@ -76,6 +81,7 @@ class ScoringEngine:
     async def generate(self, prompt, params, request_id):
         tokens = prompt["prompt_token_ids"]
         self.prompts.append(tokens)
+        self.salts.append(prompt.get("cache_salt"))
         assert params.prompt_logprobs == 0 and len(tokens) < self.model_config.max_model_len
         entries = [None if p == 0 or p in self._missing else {t: SimpleNamespace(logprob=-1.25)} for p, t in enumerate(tokens)]
         yield SimpleNamespace(prompt_logprobs=entries)
@@ -102,9 +108,21 @@ def test_chosen_requests_are_spread_and_ask_for_logprobs(tmp_path):
     assert auditor.choose(SamplingParams(logprobs=1)).logprobs == 1
 
 
-def test_a_cut_distribution_is_not_comparable_where_logprobs_are_processed(tmp_path):
-    assert Auditor(ScoringEngine(), 1, tmp_path, 0).choose(SamplingParams(top_p=0.9)) is None
-    assert Auditor(ScoringEngine("raw_logprobs"), 1, tmp_path, 0).choose(SamplingParams(top_p=0.9))
+CHANGED = [
+    *({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"allowed_token_ids": [1, 2]}, {"bad_words": ["no"]}),
+    *({"presence_penalty": 0.5}, {"frequency_penalty": -0.5}, {"repetition_penalty": 1.1}, {"logit_bias": {1: 2.0}}),
+]
+
+
+@pytest.mark.parametrize("change", CHANGED, ids=str)
+def test_a_cut_or_bent_distribution_is_not_comparable_where_logprobs_are_processed(tmp_path, change):
+    assert Auditor(ScoringEngine(), 1, tmp_path, 0).choose(SamplingParams(**change)) is None
+    assert Auditor(ScoringEngine("raw_logprobs"), 1, tmp_path, 0).choose(SamplingParams(**change))
+
+
+def test_what_a_grammar_allows_is_not_comparable_at_all(tmp_path):
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+    assert Auditor(ScoringEngine("raw_logprobs"), 1, tmp_path, 0).choose(params) is None
 
 
 def test_scores_at_the_temperature_of_the_rollout_without_the_tokens_of_a_minimum_length(tmp_path):
@@ -125,6 +143,29 @@ def test_raw_logprobs_are_those_of_temperature_1_and_a_full_context_loses_its_la
     assert engine.temperatures == [1.0, 1.0]
     assert len(engine.prompts[0]) == 9
     assert auditor.take_result().num_tokens == 6
+
+
+def test_with_prefix_caching_the_next_policy_does_not_start_from_what_the_audit_computed(tmp_path):
+    """The audit comes after OpenRLHF's order to forget the cache and before the new weights."""
+    scoring = ScoringEngine()
+    prompt, answer = list(range(1, 20)), list(range(20, 30))
+    scoring.model_config.max_model_len = 64
+    run(Auditor(scoring, 1, tmp_path, 0), (prompt, SamplingParams(), completion(answer)))
+    sizes = Sizes(prefix_caching=True)
+    caches = make_scheduler(SelfSpecScheduler, SelfSpecConfig(mode="fixed"), sizes, is_async=False).kv_cache_manager
+
+    def num_found(salt):
+        """Tokens of the prompt that a rollout finds cached after a request of that salt has computed prompt and answer."""
+        caches.reset_prefix_cache()
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        scored = Request("scored", prompt + answer, params, None, block_hasher=block_hasher, cache_salt=salt)
+        caches.allocate_slots(scored, scored.num_tokens)
+        caches.free(scored)
+        rollout = Request("rollout", prompt, SamplingParams(max_tokens=9), None, block_hasher=block_hasher)
+        return caches.get_computed_blocks(rollout)[1]
+
+    assert num_found(None) == 16, "without a salt: that request reads no cache, but fills it"
+    assert num_found(scoring.salts[0]) == 0
 
 
 @pytest.mark.parametrize("where", ["rollout", "rescoring"])

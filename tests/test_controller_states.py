@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from openrlhf_sd.config import SelfSpecError
-from openrlhf_sd.controller_states import ControllerStates, controller_states
+from openrlhf_sd.controller_states import ControllerStates, checkpoint_step, controller_states
 from openrlhf_sd.row_writer import RowWriter
 
 FLAGS = {"ckpt.save_steps": 2, "ckpt.load_enable": False, "eval.dataset": None, "eval.steps": -1}
@@ -40,6 +40,8 @@ def test_the_state_of_the_checkpoints_step_comes_back_the_later_of_two(tmp_path)
 def test_deepspeeds_latest_names_the_step(tmp_path, tag, step):
     checkpoint(tmp_path, tag)
     assert states_of(tmp_path, **{"ckpt.load_enable": True}).global_step == step
+    assert checkpoint_step({"ckpt.path": str(tmp_path), "ckpt.load_enable": True}) == step
+    assert checkpoint_step({"ckpt.path": str(tmp_path), "ckpt.load_enable": False}) == 0
 
 
 def test_what_was_not_saved_is_none(tmp_path):

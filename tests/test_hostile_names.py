@@ -179,7 +179,7 @@ def test_a_run_folder_may_begin_with_a_dash(monkeypatch, tmp_path):
     flags = "--actor.model_name_or_path model --reward.remote_url reward.py --data.prompt_dataset prompts.jsonl --vllm.num_engines 1"
     flags += " --ds.attn_implementation sdpa --algo.advantage.estimator group_norm --rollout.n_samples_per_prompt 4"
     trained = []
-    monkeypatch.setattr(launch, "train", lambda *args: trained.append(vars(args[3])))
+    monkeypatch.setattr(launch, "train", lambda *args: trained.append(vars(args[4])))
     assert launch.main(["--self-spec.run_dir", "-r", *flags.split()]) == 0
     assert trained[0]["logger.tensorboard_dir"] == "-r/tensorboard"
     assert (tmp_path / "-r" / "provenance.json").exists()

@@ -76,7 +76,7 @@ SPOILED = {
             **{"--self-spec": "fixed", "--vllm.enable_prefix_caching": None},
             **{"--train.async_enable": None, "--train.partial_rollout_enable": None},
         },
-        "--vllm.enable_prefix_caching: with --train.partial_rollout_enable vLLM cannot forget",
+        "--vllm.enable_prefix_caching: not tested together with --train.partial_rollout_enable",
     ),
     "audit without a place for evidence": (
         {"--self-spec": "fixed", "--self-spec.audit": "5"},

@@ -30,7 +30,11 @@ def test_a_row_says_what_holds_and_which_test_shows_it(row):
     assert status in ("works", "refused", "apart")
     if status != "apart":
         assert meaning and shown_by
-    for test in re.findall(r"`(tests/[\w/.]+(?:::\w+)?)`", shown_by):
+
+
+@pytest.mark.parametrize("document", ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))])
+def test_every_test_that_a_document_names_exists(document):
+    for test in re.findall(r"`(tests/[\w/.]+\.py(?:::\w+)?)`", (ROOT / document).read_text()):
         file, _, function = test.partition("::")
         assert (ROOT / file).exists(), file
         if function:

@@ -34,3 +34,23 @@ def test_a_process_that_must_be_killed_leaves_no_shared_memory():
     num_descendants, existed, exists_still, num_running = ended.stdout.split()
     assert (int(num_descendants), existed) == (2, "True"), "the child and its resource tracker"
     assert (exists_still, int(num_running)) == ("False", 0)
+
+
+IMPATIENT = """
+import os, signal, subprocess, sys, threading
+from openrlhf_sd import process_tree
+process_tree.GRACE_S = 1.0
+process_tree.adopt_orphans()
+stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+child.stdout.readline()
+for number in (signal.SIGINT, signal.SIGTERM):
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+process_tree.end_descendants()
+print(child.poll() is not None, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+
+
+def test_a_second_ctrl_c_leaves_nothing_alive():
+    ended = subprocess.run([sys.executable, "-c", IMPATIENT], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout.split()) == (0, ["True", "True"]), ended.stderr

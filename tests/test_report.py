@@ -233,6 +233,17 @@ def test_speedups_cover_only_steps_both_runs_logged(tmp_path):
     assert (versus.rollout_speedup.value, versus.rollout_speedup.n_baseline) == (1.0, 5)
 
 
+def test_asynchronous_runs_have_no_time_per_token(tmp_path):
+    """The engines' row of a sync may hold two batches or none, and the trainer's clock times one batch a step."""
+    flags = {**FLAGS, "train.async_enable": True}
+    base = load_run(make_run(tmp_path / "a", [1.0] * 8, flags=flags))
+    run = load_run(make_run(tmp_path / "b", [1.0] * 8, flags=flags, arm="fixed", self_spec=FIXED, num_output_tokens=200))
+    comparison = compare(group_arms([base, run]), 0, 1)
+    assert comparison.arms[1].s_per_token is None
+    assert comparison.versus[0].per_token_speedup.value is None
+    assert comparison.versus[0].rollout_speedup.value == 1.0
+
+
 def test_missing_metrics_are_called_missing(tmp_path):
     folder = tmp_path / "r"
     write_description(folder, arm="fixed", self_spec=FIXED)

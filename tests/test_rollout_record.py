@@ -76,6 +76,21 @@ def test_response_without_drafts_counts_as_the_pooled_rate():
     assert own.logs(record)["rollout/sd/mean_acceptance_length"] == 1 + 4 / 3
 
 
+def test_of_a_response_that_a_stop_string_ended_the_counts_are_unknown():
+    """vLLM's engine process tells them with the token that ends a request, and of this end it learns afterwards."""
+    record = RolloutRecord()
+    record.step(verified(num_drafts=2, gamma=4, accepted=3))
+    response = ResponseCounts()
+    response.add(SimpleNamespace(histogram=[1, 0], num_draft_tokens=1))
+    response.add(None)
+    logs = response.logs(record)
+    assert logs["rollout/sd/acceptance_rate"] == 0.75
+    assert logs["rollout/sd/mean_acceptance_length"] == 4.0
+    assert all(math.isnan(logs[f"rollout/sd/{count}"]) for count in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"))
+    record.response_logged(logs)
+    assert row(record)["response_mean"]["rollout/sd/num_drafts"] is None
+
+
 def test_means_over_responses_skip_nothing():
     record = RolloutRecord()
     record.response_logged({"rollout/sd/num_drafts": 2.0})

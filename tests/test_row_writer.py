@@ -1,5 +1,8 @@
 """Rows wait while the disk refuses them."""
 
+import subprocess
+import sys
+
 from openrlhf_sd.metrics import read_rows
 from openrlhf_sd.row_writer import RowWriter
 
@@ -20,3 +23,24 @@ def test_rows_wait_for_a_full_disk_and_none_is_lost(tmp_path):
 def test_its_folder_is_made(tmp_path):
     assert RowWriter(tmp_path / "a" / "b.jsonl").write({"x": 1}) is None
     assert read_rows(tmp_path / "a" / "b.jsonl") == ([{"x": 1}], 0)
+
+
+FILLING = """
+import resource, signal, sys
+from openrlhf_sd.row_writer import RowWriter
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+writer = RowWriter(sys.argv[1])
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+for room in (500, 500, most):  # the second row of 300 bytes and more is taken in part
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
+    print("waits" if writer.write({"text": "x" * 300}) else "written", file=sys.stderr)
+"""
+
+
+def test_a_row_of_which_the_disk_took_only_the_beginning_is_written_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    command = [sys.executable, "-c", FILLING, str(path)]
+    said = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True).stderr.split()
+    assert said == ["written", "waits", "waits"], "the third write tells that the second row is complete again"
+    assert read_rows(path) == ([{"text": "x" * 300}] * 3, 1)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from checked_engine import CheckedEngine, told
-from fake_engine import Sizes, asynchronous, make_scheduler
+from fake_engine import Sizes, asynchronous, block_hasher, make_scheduler
+from vllm import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.request import Request
 
 from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.engine import scheduler as synchronous
@@ -96,5 +101,33 @@ def test_auto_outlives_a_clock_that_stands_still_or_runs_backwards(monkeypatch, 
     engine = CheckedEngine(make_scheduler(synchronous.SelfSpecScheduler, CONFIG, Sizes(), is_async=False), Sizes())
     engine.runner.num_right = (0,)
     engine.add([11, 12, 13], max_tokens=40)
+    engine.finish()
+    assert engine.answers == engine.right_answers
+
+
+@both
+def test_after_the_pause_of_a_partial_rollout_nothing_of_the_old_policys_kv_is_left(is_async):
+    """OpenRLHF pauses with `pause_generation(mode="keep")`, and vLLM's `clear_cache` is on by default: running requests give their blocks
+    back, and prompt and answer so far are prefilled again, by then by the new policy. Nor is there a draft of the old drafter."""
+    assert inspect.signature(AsyncLLM.pause_generation).parameters["clear_cache"].default is True
+    engine = engine_of(is_async, prefix_caching=True)
+    engine.end_rollout()
+    prompts = [list(range(first, first + 20)) for first in (11, 41)]
+    for prompt in prompts:
+        engine.add(prompt, max_tokens=20)
+    while not all(engine.answers.values()):
+        engine.turn()
+    requests, cache = list(engine.scheduler.running), engine.scheduler.kv_cache_manager
+
+    def num_found(prompt: list[int]) -> int:
+        return cache.get_computed_blocks(Request("new", prompt, SamplingParams(), None, block_hasher=block_hasher))[1]
+
+    assert [num_found(prompt) for prompt in prompts] == [16, 16]
+    engine.pause("keep", clear_cache=True)
+    for _ in range(4):  # what an asynchronous engine has begun
+        engine.turn()
+    assert [num_found(prompt) for prompt in prompts] == [0, 0]
+    assert [(request.num_computed_tokens, request.spec_token_ids) for request in requests] == [(0, []), (0, [])]
+    assert all(engine.answers.values()) and len(engine.unfinished) == 2
     engine.finish()
     assert engine.answers == engine.right_answers

@@ -132,6 +132,6 @@ def test_a_resumed_run_takes_the_controller_up_where_the_checkpoint_left_it(runs
         *("--self-spec.calibration", warm_calibration, "--ckpt.load_enable", "--ckpt.save_steps", 2),
     )
     rows, _ = read_rows(resumed / "metrics.jsonl")
-    assert len(rows) == 1, "steps 1 and 2 are in the checkpoint, step 3 was left"
+    assert [row["rollout"] for row in rows] == [2], "steps 1 and 2 are in the checkpoint, step 3 was left"
     after, _ = read_rows(resumed / "ckpt" / "self_spec" / "engine0.jsonl")
     assert [state["global_step"] for state in after] == [1, 2, 3, 3]
