@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
 from openrlhf_sd.metrics import read_rows
+from openrlhf_sd.policy.controller import make_controller
+from openrlhf_sd.policy.speedup import StepCosts
 
 FOLDER = "self_spec"
 
@@ -43,6 +45,18 @@ class ControllerStates:
         found = [row for row in rows if row.get("global_step") == self.global_step and row.get("mode") == self.mode]
         return found[-1]["state"] if found else None
 
+    def check(self, config: SelfSpecConfig, costs: StepCosts | None) -> None:
+        """Raises SelfSpecError where the state at the checkpoint is not one that these settings can go on from."""
+        state = self.load(engine=0)
+        try:
+            if state is not None:
+                make_controller(config, costs).restore(state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise SelfSpecError(
+                f"--ckpt.load_enable: {self.path(0)} was saved under other --self-spec settings ({error}); give those of the run before, "
+                f"or remove the folder {FOLDER} to learn anew"
+            ) from None
+
     def path(self, engine: int) -> Path:
         return Path(self.folder) / f"engine{engine}.jsonl"
 
@@ -60,8 +74,8 @@ def controller_states(upstream: dict[str, Any], mode: str) -> ControllerStates |
 
 
 def checkpoint_step(upstream: dict[str, Any]) -> int:
-    """The global step that a run with these flags of OpenRLHF goes on from; 0 for a run that starts anew. DeepSpeed's file `latest` names the
-    newest checkpoint, OpenRLHF calls it global_stepN or best_global_stepN.
+    """The global step that a run with these flags of OpenRLHF goes on from; 0 for a run that starts anew. DeepSpeed's file `latest` names
+    the newest checkpoint, OpenRLHF calls it global_stepN or best_global_stepN.
 
     Raises:
         SelfSpecError: the checkpoint names no step.

@@ -95,6 +95,8 @@ def run(argv: Sequence[str]) -> int:
         if calibration is not None:
             print(f"openrlhf-sd: {config.mode} decides by a calibration {calibration.describe()}", flush=True)
         self_spec = SelfSpecRun(config, calibration and calibration.cost_model, states)
+        if states is not None:
+            states.check(config, self_spec.costs)
 
     if run_dir is None:
         train(self_spec, None, resumed_step, upstream_argv, upstream, on_cpu)
@@ -107,7 +109,10 @@ def run(argv: Sequence[str]) -> int:
         train(self_spec, run_dir, resumed_step, upstream_argv, upstream, on_cpu)
         status = "finished"
     finally:
-        provenance.end_run(Path(run_dir), status)
+        try:
+            provenance.end_run(Path(run_dir), status)
+        except OSError as error:
+            print(f"openrlhf-sd: RECORDS INCOMPLETE: provenance.json could not be ended ({error.strerror})", file=sys.stderr)
         print(f"openrlhf-sd: {status}; records in {run_dir}", flush=True)
     return 0
 

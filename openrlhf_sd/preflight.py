@@ -116,8 +116,8 @@ def _self_spec(flags: dict[str, Any]) -> Problems:
         )
     if flags["train.partial_rollout_enable"] and flags["vllm.enable_prefix_caching"]:
         yield SelfSpecError(
-            "--vllm.enable_prefix_caching: not tested together with --train.partial_rollout_enable, where a prompt cached under the old weights "
-            "must not be found under the new ones; drop one of the two"
+            "--vllm.enable_prefix_caching: not tested together with --train.partial_rollout_enable, where a prompt cached under the old "
+            "weights must not be found under the new ones; drop one of the two"
         )
     if flags["use_ms"] and not Path(flags["actor.model_name_or_path"] or "").expanduser().is_dir():
         yield SelfSpecError("--use_ms: --self-spec must read the model before ModelScope can fetch it; download it and give its folder")

@@ -154,8 +154,8 @@ def reading_notes(comparison: Comparison) -> list[str]:
         "Rollout and whole-step times are OpenRLHF's own trainer clock, the same code in every run. A whole step is "
         "rollout, making experience, training and weight sync (upstream's wall clock with asynchronous training); "
         "evaluation and checkpoints are not in it. With asynchronous training nothing is said per token: a record of the engines "
-        "holds what lies between two weight syncs, which is not what one step trained on. Token counts, acceptance and re-quantize times are the engine's own "
-        "records.",
+        "holds what lies between two weight syncs, which is not what one step trained on. Token counts, acceptance and re-quantize "
+        "times are the engine's own records.",
         "Cells read median [25th, 75th percentile] over steps. A speed-up is the ratio of medians over the steps both "
         "runs logged, in brackets its 95% bootstrap interval; below 1 the run is slower. The reward difference is the "
         "run minus the baseline, means over the last half of the common steps.",

@@ -42,8 +42,8 @@ class Auditor:
         return asked
 
     def _is_comparable(self, params: Any) -> bool:
-        """Processed logprobs of a distribution that was cut or bent have no counterpart in a prefill, nor have any under a grammar (an agent
-        may ask for such; the flags may not)."""
+        """Processed logprobs of a distribution that was cut or bent have no counterpart in a prefill, nor have any under a grammar (an
+        agent may ask for such; the flags may not)."""
         is_cut = params.top_p < 1 or params.top_k > 0 or params.min_p > 0 or params.allowed_token_ids or params.bad_words
         is_bent = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1 or params.logit_bias
         return params.structured_outputs is None and not (self._is_processed and (is_cut or is_bent))
@@ -90,16 +90,10 @@ class Auditor:
         await self._llm.collective_rpc("self_spec_score_at", args=(temperature,))
         try:
             scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-<<<<<<< HEAD
-            prompt = TokensPrompt(prompt_token_ids=prompt_token_ids + token_ids)
-            scored = [output async for output in self._llm.generate(prompt, scoring, request_id=random_uuid())][-1]
-=======
             # Prefix caching: of a salt of its own nobody reads what this prefill leaves there. It is the old policy's, and OpenRLHF's
             # order to forget that came before the first weight, after which this runs.
             prompt = TokensPrompt(prompt_token_ids=prompt_token_ids + token_ids, cache_salt=random_uuid())
-            async for output in self._llm.generate(prompt, scoring, request_id=random_uuid()):
-                pass
->>>>>>> wt-review
+            scored = [output async for output in self._llm.generate(prompt, scoring, request_id=random_uuid())][-1]
         finally:
             await self._llm.collective_rpc("self_spec_score_at", args=(1.0,))
         first = len(prompt_token_ids)

@@ -103,7 +103,11 @@ def _self_spec_class(base: type) -> type:
                 await self._call_core("self_spec_end_eval")
 
         async def _sync_report(self, global_step: int) -> dict[str, Any]:
-            """Of the sync that brought the weights of this step. Raises RuntimeError where the engines of the run were sent different ones."""
+            """Of the sync that brought the weights of this step.
+
+            Raises:
+                RuntimeError: the engines of the run were sent different weights.
+            """
             reports = await self.llm.collective_rpc("self_spec_sync_report")
             for report in reports:
                 await self._pool.agree.remote(global_step, report["fingerprint"])

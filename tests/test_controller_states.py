@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
-from openrlhf_sd.config import SelfSpecError
+import pytest
+from calibrations import CONFIG, TERMS
+
+from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
 from openrlhf_sd.controller_states import ControllerStates, checkpoint_step, controller_states
+from openrlhf_sd.policy.controller import make_controller
+from openrlhf_sd.policy.cost_model import CostModel
+from openrlhf_sd.policy.model_constants import model_constants
 from openrlhf_sd.row_writer import RowWriter
 
 FLAGS = {"ckpt.save_steps": 2, "ckpt.load_enable": False, "eval.dataset": None, "eval.steps": -1}
@@ -62,3 +68,18 @@ def test_a_checkpoint_that_names_no_step_is_refused(tmp_path):
     checkpoint(tmp_path, "final")
     with pytest.raises(SelfSpecError, match="--ckpt.path: .* names no global_step"):
         states_of(tmp_path, **{"ckpt.load_enable": True})
+
+
+@pytest.mark.parametrize("change", [{"gamma_max": 4}, {"calibration": "none"}])
+def test_a_state_that_these_settings_cannot_go_on_from_is_refused_before_the_run(tmp_path, change):
+    config = SelfSpecConfig(mode="auto", gamma_max=7)
+    costs = CostModel(model_constants(CONFIG), "w4", TERMS)
+    states = controller_states({**FLAGS, "ckpt.path": str(tmp_path)}, "auto")
+    save(states, 0, 2, make_controller(config, costs).state())
+    checkpoint(tmp_path, "global_step2")
+    resumed = controller_states({**FLAGS, "ckpt.path": str(tmp_path), "ckpt.load_enable": True}, "auto")
+    resumed.check(config, costs)
+    other = dataclasses.replace(config, **change)
+    with pytest.raises(SelfSpecError, match="--ckpt.load_enable: .*engine0.jsonl was saved under other --self-spec settings") as error:
+        resumed.check(other, None if "calibration" in change else costs)
+    assert "\n" not in str(error.value)

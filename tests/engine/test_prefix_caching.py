@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engines import AcceptanceSince, generate, greedy, plain_engine, sampled, self_spec_engine
-from trainer import logprob_errors
+from trainer import Trainer, logprob_errors, perturb
 from transformers import AutoModelForCausalLM
 
 from openrlhf_sd import SelfSpecConfig
@@ -47,3 +47,20 @@ def test_shared_beginnings_stay_the_policys(measured, untied_policy):
             )
     assert errors[True] < 0.02
     assert errors[True] < 1.2 * errors[False] + 0.001
+
+
+def test_after_a_weight_sync_nothing_of_the_old_policy_is_found(untied_policy):
+    """OpenRLHF forgets the cache before it broadcasts (`batch_vllm_engine_call(..., "reset_prefix_cache")`). The second round of the new
+    policy finds what the first one cached."""
+    prompts = prompts_with_a_common_beginning(2 * BLOCK - 20)
+    model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
+    with self_spec_engine(untied_policy, SelfSpecConfig(mode="fixed", gamma=5, quant="w8a8"), enable_prefix_caching=True) as llm:
+        trainer = Trainer(llm)
+        generate(llm, prompts, greedy(64))
+        perturb(model, scale=0.3, seed=1)
+        assert llm.reset_prefix_cache()
+        trainer.broadcast(model)
+        for is_cached in (False, True):
+            outputs = llm.generate(prompts, sampled(48, logprobs=0), use_tqdm=False)
+            assert (outputs[0].num_cached_tokens > 0) == is_cached
+            assert logprob_errors(model, outputs).mean() < 0.02
