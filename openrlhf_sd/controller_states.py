@@ -34,7 +34,7 @@ class ControllerStates:
         """The line of a finished training step, to be appended to `path`."""
         return {"global_step": global_step, "mode": self.mode, "state": state}
 
-    def load(self, engine: int) -> dict[str, Any] | None:
+    def saved(self, engine: int) -> dict[str, Any] | None:
         """The state at the checkpoint, None when this run starts anew, or when the run before it had no such engine, or another mode:
         acceptance is then learned from the first rollout on."""
         path = self.path(engine)
@@ -47,7 +47,7 @@ class ControllerStates:
 
     def check(self, config: SelfSpecConfig, costs: StepCosts | None) -> None:
         """Raises SelfSpecError where the state at the checkpoint is not one that these settings can go on from."""
-        state = self.load(engine=0)
+        state = self.saved(engine=0)
         try:
             if state is not None:
                 make_controller(config, costs).restore(state)

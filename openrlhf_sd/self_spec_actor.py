@@ -48,7 +48,7 @@ def _self_spec_class(base: type) -> type:
             await self._call_core("self_spec_end_rollout", 0, 0, 0)
             if self._states is None or self._states.global_step == 0:
                 return
-            state = self._states.load(self._engine)
+            state = self._states.saved(self._engine)
             if state is None:
                 print(
                     f"self-speculation: engine {self._engine} finds no controller state for step {self._states.global_step} in "

@@ -39,7 +39,7 @@ def test_the_state_of_the_checkpoints_step_comes_back_the_later_of_two(tmp_path)
     for step, gamma in ((1, 5), (2, 7), (3, 9), (2, 11)):  # step 2 was lived through again
         save(new, 0, step, {"gamma": gamma})
     checkpoint(tmp_path, "global_step2")
-    assert states_of(tmp_path, **{"ckpt.load_enable": True}).load(0) == {"gamma": 11}
+    assert states_of(tmp_path, **{"ckpt.load_enable": True}).saved(0) == {"gamma": 11}
 
 
 @pytest.mark.parametrize("tag, step", [("global_step12", 12), ("best_global_step3", 3)])
@@ -52,12 +52,12 @@ def test_deepspeeds_latest_names_the_step(tmp_path, tag, step):
 
 def test_what_was_not_saved_is_none(tmp_path):
     new = states_of(tmp_path)
-    assert new.load(0) is None, "a run that starts anew"
+    assert new.saved(0) is None, "a run that starts anew"
     save(new, 0, 4, {})
     folder = new.folder
-    assert ControllerStates(folder, 4, "toggle").load(0) is None, "another mode"
-    assert ControllerStates(folder, 5, "adaptive").load(0) is None, "another step"
-    assert ControllerStates(folder, 4, "adaptive").load(1) is None, "another engine"
+    assert ControllerStates(folder, 4, "toggle").saved(0) is None, "another mode"
+    assert ControllerStates(folder, 5, "adaptive").saved(0) is None, "another step"
+    assert ControllerStates(folder, 4, "adaptive").saved(1) is None, "another engine"
 
 
 def test_loading_without_a_checkpoint_starts_anew_as_openrlhf_does(tmp_path):

@@ -72,7 +72,7 @@ ALLOWED = {
     # As OpenRLHF's engine arguments say: the engine will load the same model the same way.
     ("openrlhf_sd/cpu/rollout_actor.py", "trust_remote_code"): "OpenRLHF's own value, passed on",
 }
-OUR_LOADERS = {"calibration_file.load", "self._states.load"}
+OUR_LOADERS = {"calibration_file.load"}
 """Calls named `load` that read JSON."""
 
 
