@@ -5,7 +5,7 @@ Ours (`python -m calib.sweep`) is wide: one row per (batch, context, gamma), tim
     column              what was timed
     target_step_s       plain vLLM's decode step
     target_step_sd_s    the self-speculating engine's step at gamma 0
-    draft_step_s        one draft step
+    draft_step_s        one draft step: what a cycle takes beyond its verify step, over gamma
     verify_step_s       the target on gamma + 1 tokens per request, no drafting
     cycle_s             a whole steady-state cycle; cycle_spread is its interquartile range over its median, num_cycles how many
     prompts             distinct, or identical (then prefix caching makes long contexts look cheap)

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from async_pipeline import Machine, played_asynchronously
 from calibrations import CONFIG
 
 from calib import device, sweep, sweep_plan
@@ -130,6 +131,31 @@ def test_a_draft_step_lost_in_noise_is_left_out_and_never_negative():
     assert times.by_gamma[1].draft_step_s is None
     row = list(rows_of(Cell(1, 100, (1,)), times, SETTING))[1]
     assert row.draft_step_s is None and row.verify_step_s == pytest.approx(0.012)
+
+
+def test_draft_steps_of_an_asynchronous_engine_are_not_hidden_by_their_launches():
+    """Of a model of 7B on an H100, about. The host needs half as long for a draft step as the GPU does; it launches eleven of them while a
+    plain step runs, and the output of that one waits."""
+    gammas = (1, 3, 7, 11)
+    machine = Machine(
+        target_s=0.0057,
+        draft_s=0.0018,
+        verify_s=lambda gamma: 0.0057 + 0.0001 * gamma,
+        schedule_s=0.0006,
+        launch_target_s=0.002,
+        launch_draft_s=0.0009,
+    )
+    script = [0, *itertools.chain.from_iterable(map(sweep_plan.block, 3 * gammas))]
+    steps = played_asynchronously(script, machine)
+    assert max(step.step_s for step in steps if step[1:3] == (0, 0)) > 2 * machine.target_s
+    times = cell_times(played_asynchronously([0] * 6, machine), steps, gammas)
+    assert times.target_step_s == pytest.approx(machine.target_s)
+    for gamma in gammas:
+        found = times.by_gamma[gamma]
+        assert found.draft_step_s == pytest.approx(machine.draft_s)
+        assert found.verify_step_s == pytest.approx(machine.verify_s(gamma))
+        running_on_s = played_asynchronously([gamma] * 40, machine)[-2].step_s
+        assert found.cycle_s == pytest.approx(running_on_s)
 
 
 # Files
