@@ -26,7 +26,7 @@ class TimedStep(NamedTuple):
 
 @dataclass(frozen=True)
 class GammaTimes:
-    """Seconds at one gamma; medians. None for a draft step that is lost in the noise of the cycles and verify steps that it is the difference of."""
+    """Seconds at one gamma; medians. None for a draft step that is lost in the noise of what it is the difference of."""
 
     draft_step_s: float | None
     verify_step_s: float

@@ -76,7 +76,7 @@ class StepLedger:
         self._num_steps += 1
         self._num_draft_steps += step.gamma_drafted > 0
         self._gamma_sum += step.gamma_drafted
-        is_steady = step.gamma_verified == step.gamma_drafted
+        is_steady = step.gamma_verified == step.gamma_drafted and step.is_followed_alike
         if self._costs is None or step.step_s is None or step.num_prefill_tokens or not step.num_decodes or not is_steady:
             return
         gamma, batch = step.gamma_verified, step.num_decodes

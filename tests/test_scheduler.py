@@ -76,6 +76,21 @@ def test_a_request_passed_over_before_the_end_of_its_context_decodes_without_its
         assert engine.answers == engine.right_answers
 
 
+@both
+def test_a_step_whose_output_waits_for_the_launch_of_another_kind_of_step_is_marked(is_async):
+    """Synchronously no output waits."""
+    engine = engine_of(is_async)
+    engine.end_rollout()
+    engine.scheduler.controller.tell([0, 0, 0, 3, 3, 3])
+    engine.add([11, 12, 13], max_tokens=30)
+    engine.finish()
+    drafted = [step.gamma_drafted for step in engine.steps]
+    alike = [this == following for this, following in zip(drafted, drafted[1:])]
+    assert alike.count(False) >= 3
+    marked = [step.is_followed_alike for step in engine.steps]
+    assert marked == ([*alike, True] if is_async else [True] * len(marked))
+
+
 class Clock:
     def __init__(self, *ticks_s: float) -> None:
         self._now_s, self._ticks_s = 100.0, list(ticks_s)

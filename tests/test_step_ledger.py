@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+
+import pytest
 
 from openrlhf_sd.policy.observation import MeasuredStep
 from openrlhf_sd.step_ledger import MAX_SEGMENTS, MIN_PLAIN_STEPS, StepLedger
@@ -40,6 +43,19 @@ def test_a_rollout_that_toggles_once():
     assert abs(report["measured_speedup"] - 1.65) < 1e-9
     assert [(row[0], row[1], row[2]) for row in report["timeline"]] == [(0, 0, 1), (0, 1, 10), (3, 11, 6)]
     json.dumps(report, allow_nan=False)
+
+
+def test_a_step_that_holds_launches_of_another_kind_of_step_is_in_the_timeline_and_in_no_speed_up():
+    ledger = StepLedger(Costs())
+    for _ in range(MIN_PLAIN_STEPS):
+        ledger.add(step(4, 0, 0, 1.0), 4)
+    ledger.add(replace(step(4, 0, 0, 9.0), is_followed_alike=False), 4)
+    ledger.add(step(4, 0, 3, 0.5), 4)
+    ledger.add(step(4, 3, 3, 2.0), 12)
+    ledger.add(replace(step(4, 3, 3, 0.1), is_followed_alike=False), 12)
+    report = ledger.report()
+    assert report["predicted_speedup"] == report["measured_speedup"] == 1.5
+    assert sum(row[5] for row in report["timeline"]) == pytest.approx(MIN_PLAIN_STEPS + 9.0 + 0.5 + 2.0 + 0.1)
 
 
 def test_what_was_not_measured_is_none():

@@ -53,6 +53,7 @@ class SelfSpecScheduler(PlatformScheduler):
         self._has_rollout_marks = False
         self._observation = StepObservation(num_decodes=0)
         self._drafts = StepDrafts(self.num_spec_tokens)
+        self._newest_gamma = 0
         self._last_output_s: float | None = None
         self._start_rollout()
 
@@ -115,7 +116,10 @@ class SelfSpecScheduler(PlatformScheduler):
         gamma = self.controller.next_gamma(self._observation) if self._watch.cause is None else 0
         self.dynamic_sd_lookup = self._lookups[gamma]
         self._drop_old_drafts()
-        return super().schedule(throttle_prefills)
+        scheduled = super().schedule(throttle_prefills)
+        if scheduled.num_scheduled_tokens:
+            self._newest_gamma = scheduled.num_spec_tokens_to_schedule
+        return scheduled
 
     def _drop_old_drafts(self) -> None:
         """Of requests that the step before passed over: no token budget was left, or the context's end was in reach.
@@ -155,6 +159,8 @@ class SelfSpecScheduler(PlatformScheduler):
             # A step's output comes after its drafts were made, in asynchronous scheduling too: the copy of the sampled tokens to the
             # host waits for the stream that the drafter was enqueued on before it.
             gamma_drafted=scheduler_output.num_spec_tokens_to_schedule,
+            # Synchronously the newest step is this one.
+            is_followed_alike=self._newest_gamma == scheduler_output.num_spec_tokens_to_schedule,
             num_drafts=self._drafts.num_drafts,
             num_draft_tokens_per_pos=self._drafts.num_draft_tokens_per_pos if verified else (),
             num_accepted_tokens_per_pos=self._drafts.num_accepted_tokens_per_pos if verified else (),

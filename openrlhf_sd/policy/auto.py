@@ -208,7 +208,8 @@ class AutoController:
         is_plain = step.gamma_verified == step.gamma_drafted == 0 and step.num_prefill_tokens == 0
         self._steps_since_plain = 0 if is_plain else self._steps_since_plain + 1
         if step.step_s is not None and step.num_prefill_tokens == 0 and step.num_decodes > 0:
-            self._costs.observe(step.num_decodes, step.mean_context, step.gamma_verified, step.gamma_drafted, step.step_s)
+            if step.is_followed_alike:
+                self._costs.observe(step.num_decodes, step.mean_context, step.gamma_verified, step.gamma_drafted, step.step_s)
             if self._budget_s is not None and self._budget_s < MAX_BUDGET_STEPS * step.step_s:
                 self._budget_s += self._budget_share * step.step_s
 

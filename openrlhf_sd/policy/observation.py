@@ -56,6 +56,10 @@ class MeasuredStep:
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
     """Of those, how many had position i accepted (then all before it were too)."""
 
+    is_followed_alike: bool = True
+    """Whether the step after it drafts as much. Asynchronous scheduling launches that one before it fetches the output of this one, so
+    `step_s` may hold launches of draft steps that this one did not run, or lack some that it did."""
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutAcceptance:
