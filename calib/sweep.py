@@ -37,8 +37,10 @@ from calib.sweep_plan import Cell
 from calib.taking_turns import TakingTurns
 from calib.timing_engine import EngineSettings, TimingEngine
 from openrlhf_sd.config import MAX_GAMMA, QUANT_SCHEMES, SelfSpecConfig, SelfSpecError
+from openrlhf_sd.explain_memory import FP32_BYTES
 from openrlhf_sd.path_names import check_names
 from openrlhf_sd.policy.model_constants import ModelConstants
+from openrlhf_sd.preflight import VLLM_MAX_NUM_SEQS
 
 CELL_S = 4.0
 QUICK_CELL_S = 1.5
@@ -50,9 +52,9 @@ QUICK_BUDGET_S = 75.0
 RESTLESS_SPREAD = 0.25
 """The median point spread over 8% on a CPU of two cores with some other work on it; medians hold up to a few times that."""
 
-MAX_NUM_SEQS = 256
-"""Of the sweep's own engines, unless a cell asks for more: CUDA graphs are captured for batches up to it. (Rollout engines run at most
-`preflight.VLLM_MAX_NUM_SEQS`.)"""
+DRAFT_TENSORS = 7
+"""fp32 tensors of (requests x gamma, vocabulary) that verifying a full batch of the longest drafts takes at once. On a GPU the
+self-speculating engine takes them when it starts (`openrlhf_sd/engine/longest_drafts.py`), a CPU engine does not profile."""
 
 OVERHEAD_BYTES = 2 << 30
 """Per engine, beside weights and KV cache: the processes on a CPU; workspace, activations and CUDA graphs on a GPU."""
@@ -151,11 +153,13 @@ def cells_in_memory(cells: Sequence[Cell], constants: ModelConstants, setting: S
     Raises:
         SelfSpecError: not even the weights fit, or a cell that was asked for does not.
     """
-    from calib.device import free_bytes
+    from calib.device import free_bytes, has_gpu
 
     policy_bytes, drafter_bytes = constants.policy_bytes, constants.drafter_bytes(setting.quant)
+    gamma_max = max(gamma for cell in cells for gamma in cell.gammas)
+    drafts_bytes = DRAFT_TENSORS * FP32_BYTES * max_num_seqs(cells) * gamma_max * constants.vocab_size if has_gpu() else 0
     free = free_bytes(setting.tensor_parallel_size)
-    budget = (free - 2 * policy_bytes - drafter_bytes - 2 * OVERHEAD_BYTES) / 2
+    budget = (free - 2 * policy_bytes - drafter_bytes - drafts_bytes - 2 * OVERHEAD_BYTES) / 2
     fitting = [cell for cell in cells if cell.kv_tokens * constants.kv_bytes_per_token <= budget]
     if len(fitting) == len(cells):
         return fitting
@@ -165,11 +169,17 @@ def cells_in_memory(cells: Sequence[Cell], constants: ModelConstants, setting: S
         f"batch {largest.batch} at context {largest.context} needs {need / 2**30:.1f} GiB of KV cache in each of two engines; "
         f"{free / 2**30:.1f} GiB are free, which leaves {max(0.0, budget) / 2**30:.1f} GiB for each "
         f"beside {policy_bytes / 2**30:.1f} GiB of weights"
+        + (f" and, in one of them, {drafts_bytes / 2**30:.1f} GiB to verify the longest drafts in" if drafts_bytes else "")
     )
     if is_asked_for or not fitting:
         raise SelfSpecError(f"--batches, --seqs: {shortage}; give smaller ones, or free memory")
     console.print(f"{len(cells) - len(fitting)} of {len(cells)} cells are left out for want of memory: {shortage}")
     return fitting
+
+
+def max_num_seqs(cells: Sequence[Cell]) -> int:
+    """A rollout engine's, unless a cell asks for more: CUDA graphs are captured, and so batches padded, by it."""
+    return max(VLLM_MAX_NUM_SEQS, *(cell.batch for cell in cells))
 
 
 def measured_points(out: Path, setting: Setting) -> set[tuple[int, int, int]]:
@@ -213,7 +223,7 @@ def measure(
         tensor_parallel_size=setting.tensor_parallel_size,
         max_model_len=max(cell.request_tokens for cell in cells),
         kv_cache_bytes=max(cell.kv_tokens for cell in cells) * kv_bytes_per_token,
-        max_num_seqs=max(MAX_NUM_SEQS, *(cell.batch for cell in cells)),
+        max_num_seqs=max_num_seqs(cells),
         logprobs=setting.logprobs,
     )
     drafter = SelfSpecConfig(mode="fixed", gamma=gamma_max, quant=setting.quant, calibration="none")

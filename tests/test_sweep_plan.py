@@ -242,6 +242,27 @@ def test_default_cells_that_do_not_fit_in_memory_are_left_out_and_said_so(capsys
         sweep.cells_in_memory(cells, is_asked_for=True, **arguments)
 
 
+def test_on_a_gpu_the_start_up_profile_of_the_longest_drafts_is_planned_for(capsys, monkeypatch):
+    from rich.console import Console
+
+    from openrlhf_sd.policy.model_constants import model_constants
+
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "free_bytes", lambda ranks: 52 << 30)
+    # 13.5 GiB beside weights and overhead for both engines. 128 requests x 11 drafts x 152064 logits x 4 bytes x 7 are 5.6 of them.
+    cells = [Cell(32, 1024, (11,)), Cell(64, 1024, (11,))]
+    arguments = {"constants": model_constants(CONFIG), "setting": SETTING, "console": Console(width=300), "is_asked_for": False}
+    assert sweep.cells_in_memory(cells, **arguments) == cells[:1]
+    assert "in one of them, 5.6 GiB to verify the longest drafts in" in capsys.readouterr().out
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    assert sweep.cells_in_memory(cells, **arguments) == cells
+
+
+def test_a_cell_of_a_default_grid_runs_in_an_engine_with_the_graphs_of_a_rollouts():
+    assert sweep.max_num_seqs([Cell(1, 256, (1,)), Cell(64, 256, (1,))]) == 128
+    assert sweep.max_num_seqs([Cell(200, 256, (1,))]) == 200
+
+
 def test_bad_flags_are_one_line(tmp_path, capsys, this_cpu):
     out = ("--out", tmp_path / "s.csv")
     assert "--model: no " in refused(capsys, "--model", tmp_path / "none", *out)
