@@ -11,8 +11,10 @@ them decode and no prompt is computed; when it has been played, the requests end
 the newest token and the `gamma_verified` drafts of each request, samples, and then runs `gamma_drafted` draft steps; its output arrives
 after the last of them. That is so in vLLM's synchronous scheduling (CPU), where `sample_tokens` drafts before it returns, and in its
 asynchronous scheduling (CUDA), where the copy of the output waits for the stream on which the drafter was enqueued before it
-(`GPUModelRunner.sample_tokens`, `AsyncGPUModelRunnerOutput`, vLLM 0.29.0). `mean_context` is the tokens in context of the step, the
-newest included.
+(`GPUModelRunner.sample_tokens`, `AsyncGPUModelRunnerOutput`, vLLM 0.29.0). There the output of a step is fetched when the next one has
+been launched (`EngineCore.step_with_batch_queue`): where the host launches that for longer than the GPU runs this one, and the two are not
+of a kind, `step_s` is not this step's own (`calib/cell_times.py`). `mean_context` is the tokens in context of the step, the newest
+included.
 """
 
 from __future__ import annotations
