@@ -129,6 +129,27 @@ def test_without_a_calibration_a_few_cycles_tell_of_neighbouring_batches_and_gam
     assert abs(error(costs, truth, 6, 3)) < 0.15
 
 
+@pytest.mark.parametrize("odd", [0.01, 0.1, 10.0, 100.0])
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_one_odd_step_at_the_start_is_no_measure_of_all_others(odd, when):
+    """A kernel compiled on the way, or an output that was fetched late and the next one at once."""
+    costs = uncalibrated()
+    for number in range(8):
+        costs.observe(32, CONTEXT, 0, 0, GpuLike().target_step_s(32, CONTEXT) * (odd if number == when else 1.0))
+    measure(costs, GpuLike(), 32, 3, 5)
+    assert abs(error(costs, GpuLike(), 32, 0)) < 0.01 and abs(error(costs, GpuLike(), 32, 3)) < 0.05
+    measure(costs, GpuLike(), 32, 0, 20)
+    assert abs(error(costs, GpuLike(), 32, 3)) < 0.05
+
+
+def test_a_late_output_and_the_early_one_after_it_outweigh_each_other():
+    costs = calibrated()
+    for number in range(200):
+        step_s = GpuLike().target_step_s(32, CONTEXT) * {4: 9.0, 5: 0.05}.get(number % 10, 1.0)
+        costs.observe(32, CONTEXT, 0, 0, step_s)
+    assert abs(error(costs, GpuLike(), 32, 0)) < 0.02
+
+
 def test_belief_is_surer_the_nearer_it_was_measured():
     costs = uncalibrated()
     measure(costs, GpuLike(), 8, 0, 10)

@@ -10,6 +10,7 @@ own. A calibration is a prior that is trusted; `RoughCosts` (rough_costs.py) one
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 from openrlhf_sd.policy.speedup import StepCosts
@@ -56,24 +57,22 @@ class LiveCosts:
         self._cycle_stairs: dict[int, dict[int, _Stair]] = {}
         self._parts: dict[tuple[int, int], tuple[float, float, list[float]]] = {}
         self._num_steps = 0
-        self._num_plain = MIN_PLAIN_STEPS if trust.knows_seconds else 0
+        self._first_scales_s: list[float] = []
 
     @property
     def can_decide(self) -> bool:
-        return self._num_plain >= MIN_PLAIN_STEPS
+        return self._scale_s is not None
 
     def observe(self, batch: int, context: float, gamma_verified: int, gamma_drafted: int, step_s: float) -> None:
         """One step without prefills. Only whole cycles count, steps that verify as many drafts as they make."""
         gamma = gamma_verified
         if gamma != gamma_drafted:
             return
-        if gamma == 0:
-            self._num_plain += 1
         plain_s, draft_s, verify_s = self._predicted(batch, context)
         if self._scale_s is None:
-            if gamma:
-                return
-            self._scale_s = step_s / plain_s
+            if not gamma:
+                self._learn_scale(step_s / plain_s)
+            return
         self._num_steps += 1
         believed = self._belief.plain(batch)
         draft_share = None
@@ -91,6 +90,13 @@ class LiveCosts:
             (self._cycle_stairs if gamma else self._plain_stairs).clear()
             stair = 0.0
         self._learn_stair(batch, gamma, stair + surprise)
+
+    def _learn_scale(self, scale_s: float) -> None:
+        """By the median of the first plain steps: one that waited for a kernel to be compiled says nothing, and all else is learned in
+        proportion."""
+        self._first_scales_s.append(scale_s)
+        if len(self._first_scales_s) == MIN_PLAIN_STEPS:
+            self._scale_s = statistics.median(self._first_scales_s)
 
     def _learn_stair(self, batch: int, gamma: int, deviation: float) -> None:
         step = self._num_steps
