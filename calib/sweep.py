@@ -37,7 +37,7 @@ from calib.sweep_plan import Cell
 from calib.taking_turns import TakingTurns
 from calib.timing_engine import EngineSettings, TimingEngine
 from openrlhf_sd.config import MAX_GAMMA, QUANT_SCHEMES, SelfSpecConfig, SelfSpecError
-from openrlhf_sd.explain_memory import FP32_BYTES
+from openrlhf_sd.explain_memory import FP32_BYTES, VERIFY_TENSORS
 from openrlhf_sd.path_names import check_names
 from openrlhf_sd.policy.model_constants import ModelConstants
 from openrlhf_sd.preflight import VLLM_MAX_NUM_SEQS
@@ -51,10 +51,6 @@ QUICK_BUDGET_S = 75.0
 
 RESTLESS_SPREAD = 0.25
 """The median point spread over 8% on a CPU of two cores with some other work on it; medians hold up to a few times that."""
-
-DRAFT_TENSORS = 7
-"""fp32 tensors of (requests x gamma, vocabulary) that verifying a full batch of the longest drafts takes at once. On a GPU the
-self-speculating engine takes them when it starts (`openrlhf_sd/engine/longest_drafts.py`), a CPU engine does not profile."""
 
 OVERHEAD_BYTES = 2 << 30
 """Per engine, beside weights and KV cache: the processes on a CPU; workspace, activations and CUDA graphs on a GPU."""
@@ -157,7 +153,9 @@ def cells_in_memory(cells: Sequence[Cell], constants: ModelConstants, setting: S
 
     policy_bytes, drafter_bytes = constants.policy_bytes, constants.drafter_bytes(setting.quant)
     gamma_max = max(gamma for cell in cells for gamma in cell.gammas)
-    drafts_bytes = DRAFT_TENSORS * FP32_BYTES * max_num_seqs(cells) * gamma_max * constants.vocab_size if has_gpu() else 0
+    # A self-speculating engine on a GPU takes them when it starts; a CPU engine does not profile.
+    # A self-speculating engine takes these when it starts, on a GPU; one on a CPU does not profile.
+    drafts_bytes = VERIFY_TENSORS * FP32_BYTES * max_num_seqs(cells) * gamma_max * constants.vocab_size if has_gpu() else 0
     free = free_bytes(setting.tensor_parallel_size)
     budget = (free - 2 * policy_bytes - drafter_bytes - drafts_bytes - 2 * OVERHEAD_BYTES) / 2
     fitting = [cell for cell in cells if cell.kv_tokens * constants.kv_bytes_per_token <= budget]

@@ -18,6 +18,10 @@ from openrlhf_sd.preflight import requests_at_once, requests_per_engine
 
 FP32_BYTES = 4
 
+VERIFY_TENSORS = 7
+"""fp32 tensors of (requests x gamma, vocabulary) alive at the worst moment of a verify step with logprobs: counted in vLLM 0.29.0's
+`rejection_sampler.py`, not measured. An engine on a GPU takes them off its KV cache (`engine/longest_drafts.py`)."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -46,7 +50,7 @@ class MemoryPlan:
     """Requests of full length whose keys and values fit at once."""
 
     draft_probabilities_bytes: int
-    """fp32 probabilities of the longest drafts of all requests at once, one tensor (`engine/longest_drafts.py`)."""
+    """fp32 probabilities of the longest drafts of all requests at once, one tensor."""
 
 
 def plan_memory(

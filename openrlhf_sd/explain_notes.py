@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from openrlhf_sd.config import SelfSpecConfig
-from openrlhf_sd.explain_memory import MemoryPlan
+from openrlhf_sd.explain_memory import VERIFY_TENSORS, MemoryPlan
 from openrlhf_sd.explain_region import Region
 from openrlhf_sd.gpus import Gpu
 
@@ -25,9 +25,10 @@ def notes(
         return
     if plan is not None and gpu is not None:
         yield (
-            f"sampling: a verify step of {plan.requests_at_once} requests x gamma {config.num_speculative_tokens} holds about seven fp32 "
-            f"tensors of {plan.draft_probabilities_bytes / 1e9:.2f} GB (by count; not yet measured on a GPU). The engine's start-up "
-            "profile includes such a step, so they come off the KV cache; --self-spec.gamma or --self-spec.gamma_max sets their size"
+            f"sampling: a verify step of {plan.requests_at_once} requests x gamma {config.num_speculative_tokens} holds about "
+            f"{VERIFY_TENSORS} fp32 tensors of {plan.draft_probabilities_bytes / 1e9:.2f} GB (by count; not yet measured on a GPU). The "
+            "engine's start-up profile includes such a step, so they come off the KV cache; --self-spec.gamma or --self-spec.gamma_max "
+            "sets their size"
         )
     if config.mode in ("toggle", "adaptive"):
         yield from _toggle(config, flags, region)

@@ -199,7 +199,7 @@ def test_this_machines_gpu_counts_with_the_memory_its_driver_shows(monkeypatch, 
         ({"--self-spec": "auto", "--vllm.enforce_eager": None}, "--vllm.enforce_eager: the step times are of CUDA graphs"),
         ({"--self-spec": "auto", "--vllm.enable_prefix_caching": None}, "--vllm.enable_prefix_caching: samples of one prompt share"),
         ({"--self-spec": "auto"}, "chunked prefill: steps that also compute prompts are not in the prediction"),
-        ({"--self-spec": "auto"}, "128 requests x gamma 11 holds about seven fp32 tensors of 0.86 GB"),  # 128 x 11 x 152,064 x 4 bytes
+        ({"--self-spec": "auto"}, "128 requests x gamma 11 holds about 7 fp32 tensors of 0.86 GB"),  # 128 x 11 x 152,064 x 4 bytes
         ({"--self-spec": "auto"}, "its weights, the drafter with them, move to pinned memory of the host (18.6 GB per GPU)"),
         ({"--self-spec": "adaptive", "--algo.dynamic_filtering_enable": None}, "--algo.dynamic_filtering_enable: batches may grow again"),
         ({"--rollout.n_samples_per_prompt": "16"}, "vLLM runs at most 128 requests at once"),
