@@ -70,7 +70,9 @@ def assert_fresh_and_exact(rows: list[dict], num_engines: int) -> None:
     fingerprints = [{row["weights_fingerprint"] for row in rows if row["rollout"] == rollout} for rollout in rollouts]
     assert len(rows) == len(rollouts) * num_engines
     assert all(len(of_one_sync) == 1 for of_one_sync in fingerprints)
-    assert len(set.union(*fingerprints)) == len(fingerprints)
+    # Of a last batch that is not full OpenRLHF learns nothing, and broadcasts the same weights again.
+    num_last = sum(row["num_responses"] for row in rows if row["rollout"] == rollouts[-1])
+    assert len(set.union(*fingerprints)) >= len(fingerprints) - (num_last < PROMPTS * SAMPLES)
     for row in rows:
         assert 0 < row["drafter_error"] < 0.3
         assert row["rollout/sd/num_drafts"] > 0
