@@ -42,7 +42,7 @@ COMMANDS = documented_commands()
 QUICKSTART = "tests/engine/test_quickstart.py::test_quickstart"
 COMPARISON = "tests/engine/test_quickstart.py::test_comparison_of_the_quickstart"
 TRAINING = "tests/engine/test_grpo_end_to_end.py::test_every_rollout_has_its_row"
-SWEEP = "tests/engine/test_sweep.py::test_sweep_is_interrupted_continued_and_adds_up"
+SWEEP = "tests/engine/test_sweep.py::test_sweep_is_interrupted_and_continued"
 MATH_REWARD = "tests/test_math_reward.py::test_it_takes_more_right_answers_than_openrlhf_and_no_more_wrong_ones"
 PLAIN_VLLM = """\
 from vllm import LLM

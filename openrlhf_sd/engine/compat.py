@@ -18,6 +18,7 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.v1.core.sched.scheduler", "Scheduler.make_spec_decoding_stats", "acceptance per rollout"),
     ("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output", "step times and acceptance, for the controller"),
     ("vllm.v1.core.sched.scheduler", "Scheduler.set_pause_state", "a pause is no step time"),
+    ("vllm.v1.engine.detokenizer", "IncrementalDetokenizer.from_new_request", "which token completes a stop string"),
     ("vllm.v1.request", "Request", "its is_prefill_chunk tells which requests decode"),
     ("vllm.v1.engine.core", "EngineCore", "calls from the rollout actor to the scheduler"),
     ("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", "calls from the rollout actor to the scheduler"),
