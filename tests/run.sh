@@ -14,4 +14,4 @@ done
 python=$(bash "$root/examples/setup.sh" "${setup[@]}")
 . "$root/tests/env.sh"
 cd "$root"
-exec "$python" -m pytest --durations=15 "${markers[@]}" "${rest[@]}"
+exec "$python" -m pytest --durations=40 "${markers[@]}" "${rest[@]}"
