@@ -1,6 +1,6 @@
 """The calibration of this machine for a model: shipped, or measured here once and kept.
 
-    python -m calib.automatic --model DIR [--quant w8a8] [--tensor-parallel-size 1] [--logprobs 0]    # prints the path of the calibration
+    python -m calib.automatic --model DIR [--quant w4] [--tensor-parallel-size 1] [--logprobs 0]    # prints the path of the calibration
 
 This is `--self-spec.calibration auto`. Without a shipped calibration for exactly this device, model, drafter and tensor-parallel size it
 runs `calib.sweep --quick` in a process of its own (a minute or two) and fits it, with a shipped calibration of another model on the same
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from calib.command_line import CommandParser, number
-from calib.device import default_quant, device_name, read_model_config
+from calib.device import device_name, read_model_config
 from openrlhf_sd.calibration import FORMAT, Calibration, check_matches, load, shipped, shipped_paths
-from openrlhf_sd.config import QUANT_SCHEMES, SelfSpecError
+from openrlhf_sd.config import DEFAULT_QUANT, QUANT_SCHEMES, SelfSpecError
 from openrlhf_sd.engine.compat import installed_version
 from openrlhf_sd.policy.cost_model import Terms
 from openrlhf_sd.policy.model_constants import model_constants
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 on bad input or a sweep that fails, 130 on Ctrl-C."""
     try:
         args = _parser().parse_args(argv)
-        print(calibrate_this_machine(args.model, args.quant or default_quant(), args.tensor_parallel_size, args.logprobs))
+        print(calibrate_this_machine(args.model, args.quant, args.tensor_parallel_size, args.logprobs))
     except SelfSpecError as error:
         print(f"calib.automatic: {error}", file=sys.stderr)
         return 2
@@ -185,7 +185,7 @@ def _parser() -> CommandParser:
     parser = CommandParser("calib.automatic", __doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name of the policy")
     parser.add_argument("--logprobs", type=number(int, 0, 20), default=0, metavar="N", help="as in calib.sweep (default: 0)")
-    parser.add_argument("--quant", choices=QUANT_SCHEMES, help="drafter weights (default: w8a8 on a CPU, w4 on a GPU)")
+    parser.add_argument("--quant", choices=QUANT_SCHEMES, default=DEFAULT_QUANT, help="drafter weights (default: %(default)s)")
     parser.add_argument("--tensor-parallel-size", type=number(int, 1, 64), default=1, metavar="N", help="GPUs of an engine (default: 1)")
     return parser
 

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sd.config import DEFAULT_QUANT, SelfSpecError
+from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.provenance import describe_machine
 
 
@@ -23,11 +23,6 @@ def device_name() -> str:
     half the cores are another machine."""
     machine = describe_machine()
     return machine["gpus"][0] if has_gpu() else f"{machine['cpu_model']}, {machine['num_cpus']} cores"
-
-
-def default_quant() -> str:
-    """The drafter's scheme where the user names none."""
-    return DEFAULT_QUANT["cuda" if has_gpu() else "cpu"]
 
 
 def free_bytes(tensor_parallel_size: int) -> int:

@@ -1,6 +1,6 @@
 """Measure this machine's engine: plain vLLM's decode step; the self-speculating engine's draft step, verify step and cycle.
 
-    python -m calib.sweep --model DIR --out sweep.csv [--quant w8a8] [--batches 1,4,16] [--seqs 64,512] [--gammas 1,2,3,5] [--quick]
+    python -m calib.sweep --model DIR --out sweep.csv [--quant w4] [--batches 1,4,16] [--seqs 64,512] [--gammas 1,2,3,5] [--quick]
 
 Whole engine steps as a rollout has them: head and sampling included, distinct random prompts, no prefix caching, temperature 1.
 Two engines, each in a process of its own, take turns; within a turn the gammas take turns (`calib/sweep_plan.py` says how the
@@ -36,7 +36,7 @@ from calib.sweep_csv import SweepRow, append, read_rows
 from calib.sweep_plan import Cell
 from calib.taking_turns import TakingTurns
 from calib.timing_engine import EngineSettings, TimingEngine
-from openrlhf_sd.config import MAX_GAMMA, QUANT_SCHEMES, SelfSpecConfig, SelfSpecError
+from openrlhf_sd.config import DEFAULT_QUANT, MAX_GAMMA, QUANT_SCHEMES, SelfSpecConfig, SelfSpecError
 from openrlhf_sd.explain_memory import FP32_BYTES, VERIFY_TENSORS
 from openrlhf_sd.path_names import check_names
 from openrlhf_sd.policy.model_constants import ModelConstants
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def sweep(args: Any) -> int:
     from rich.console import Console
 
-    from calib.device import default_quant, device_name, has_gpu, read_model_config
+    from calib.device import device_name, has_gpu, read_model_config
     from openrlhf_sd.engine.compat import installed_version
     from openrlhf_sd.model_support import check_model, check_weights
     from openrlhf_sd.policy.model_constants import model_constants
@@ -103,7 +103,7 @@ def sweep(args: Any) -> int:
     setting = Setting(
         device=device_name(),
         model=Path(args.model).resolve().name,
-        quant=args.quant or default_quant(),
+        quant=args.quant,
         tensor_parallel_size=args.tensor_parallel_size,
         vllm=vllm,
         logprobs=args.logprobs,
@@ -310,7 +310,7 @@ def _parser() -> CommandParser:
     count = numbers(int, 1, math.inf)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name of the policy")
     parser.add_argument("--out", required=True, type=Path, metavar="S.csv", help="written row by row; continued if it is there")
-    parser.add_argument("--quant", choices=QUANT_SCHEMES, help="drafter weights (default: w8a8 on a CPU, w4 on a GPU)")
+    parser.add_argument("--quant", choices=QUANT_SCHEMES, default=DEFAULT_QUANT, help="drafter weights (default: %(default)s)")
     parser.add_argument("--tensor-parallel-size", type=number(int, 1, 64), default=1, metavar="N", help="GPUs of an engine (default: 1)")
     for flag, kind, what in (
         ("--batches", count, "decoding requests (default: up to 16 on a CPU, 64 on a GPU)"),

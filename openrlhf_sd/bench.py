@@ -1,6 +1,6 @@
 """Tokens per second of the self-speculating engine against plain vLLM, on this machine.
 
-    python -m openrlhf_sd.bench [--models 60m 400m DIR ...] [--quant w8a8 w4] [--batches 1,4,8,16,tail16] [--gammas 0,1,2,3]
+    python -m openrlhf_sd.bench [--models 60m 400m DIR ...] [--quant w4 w8a8] [--batches 1,4,8,16,tail16] [--gammas 0,1,2,3]
         [--modes toggle,adaptive,auto] [--calibration auto] [--out DIR]
 
 What is measured: `LLM.generate` of BATCH distinct prompts, TOKENS sampled tokens each (temperature 1, end of text ignored), wall time.
@@ -49,7 +49,7 @@ TAIL = "tail"
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m openrlhf_sd.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["60m", "400m"], metavar="DIR", help="60m, 400m or a model folder")
-    parser.add_argument("--quant", nargs="+", default=["w8a8", "w4"], help="drafter schemes")
+    parser.add_argument("--quant", nargs="+", default=["w4", "w8a8"], help="drafter schemes")
     parser.add_argument("--batches", type=_names, default=["1", "4", "8", "16"], metavar="N,N,tailN")
     parser.add_argument("--gammas", type=_numbers, default=[0, 1, 2, 3], metavar="N,N")
     parser.add_argument("--modes", type=_names, default=[], metavar="MODE,MODE", help="toggle, adaptive, auto")

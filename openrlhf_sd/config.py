@@ -23,16 +23,19 @@ DEFAULT_MODE = "auto"
 """What a bare `--self-spec` means; README, section "Which mode", has the measurements."""
 
 QUANT_SCHEMES = ("w4", "w8a8", "none")
-"""w4: int4 weights, symmetric, one scale per group (W4A16). w8a8: int8 weights per channel, int8 activations per token.
-none: an unquantized copy, accepted 100% by construction; for tests of exactness, not for speed."""
+"""w4: int4 weights, symmetric, one scale per group (W4A16; W4A8 on a CPU with VNNI instructions). w8a8: int8 weights per channel, int8
+activations per token. none: an unquantized copy, accepted 100% by construction; for tests of exactness, not for speed."""
 
 MAX_GAMMA = 16
 """The paper sweeps to 15. vLLM's rejection sampler allows 128, but each unit costs draft slots for every request."""
 
-DEFAULT_QUANT = {"cpu": "w8a8", "cuda": "w4"}
-"""By measurement: README, section "Speed on a CPU". CUDA: the paper's scheme; not measured by us yet."""
+DEFAULT_QUANT = "w4"
+"""CPU: by measurement (README, section "Speed on a CPU"). CUDA: the paper's scheme; not measured by us yet."""
 
-DEFAULT_GROUP_SIZE = 128
+GROUP_SIZES = (128, 64, 32)
+"""Of w4, largest first; what the kernels have in common: Marlin on CUDA, PyTorch's int4 kernel on CPU."""
+
+DEFAULT_GROUP_SIZE = GROUP_SIZES[0]
 
 
 def printable(text: str) -> str:
@@ -67,7 +70,7 @@ class SelfSpecConfig:
     )
     quant: str | None = field(
         default=None,
-        metadata={"help": "Drafter weights: w4, w8a8 or none. Default: the scheme measured best on the platform (w4 on GPU)."},
+        metadata={"help": "Drafter weights: w4, w8a8 or none. Default: w4. w8a8 drafts better where weights are in the cache."},
     )
     group_size: int | None = field(
         default=None,
@@ -112,9 +115,9 @@ class SelfSpecConfig:
         )
         _require(0 <= self.gamma <= MAX_GAMMA, "--self-spec.gamma", f"{self.gamma} is out of range; give 0..{MAX_GAMMA}")
         _require(
-            self.group_size is None or (self.group_size >= 2 and self.group_size % 2 == 0),
+            self.group_size is None or self.group_size in GROUP_SIZES,
             "--self-spec.group_size",
-            f"{self.group_size} is not a positive even number; give for example 128, 64 or 32",
+            f"no kernel has groups of {self.group_size}; give one of {', '.join(map(str, GROUP_SIZES))}",
         )
         _require(
             self.group_size is None or self.quant in (None, "w4"),

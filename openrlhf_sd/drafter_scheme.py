@@ -1,24 +1,23 @@
-"""Which scheme and group size a drafter gets: what depends on platform and model, told from a config.json alone."""
+"""Which scheme and group size a drafter gets: what depends on the model, told from a config.json alone."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from openrlhf_sd.config import DEFAULT_GROUP_SIZE, DEFAULT_QUANT, SelfSpecConfig, SelfSpecError
+from openrlhf_sd.config import DEFAULT_QUANT, GROUP_SIZES, SelfSpecConfig, SelfSpecError
 
 
-def resolve_scheme(config: SelfSpecConfig, in_features: tuple[int, ...], platform: str) -> SelfSpecConfig:
+def resolve_scheme(config: SelfSpecConfig, in_features: tuple[int, ...]) -> SelfSpecConfig:
     """Fill in scheme and group size.
 
     Args:
         in_features: input widths of the quantized linears per tensor-parallel rank, see `linear_input_widths`.
-        platform: cpu or cuda.
 
     Raises:
         SelfSpecError: the group size does not fit the model, or none does.
     """
-    quant = config.quant or DEFAULT_QUANT[platform]
+    quant = config.quant or DEFAULT_QUANT
     group_size = config.group_size
     if quant == "w4":
         if group_size is None:
@@ -28,16 +27,14 @@ def resolve_scheme(config: SelfSpecConfig, in_features: tuple[int, ...], platfor
 
 
 def default_group_size(in_features: tuple[int, ...]) -> int:
-    """The largest power of two up to 128 that divides every input width.
+    """The largest of `GROUP_SIZES` that divides every input width.
 
     Raises:
-        SelfSpecError: no group of at least 32 fits (vLLM's CPU kernel needs multiples of 32; Marlin knows 32, 64, 128).
+        SelfSpecError: none does.
     """
-    group = DEFAULT_GROUP_SIZE
-    while group >= 32:
+    for group in GROUP_SIZES:
         if all(width % group == 0 for width in in_features):
             return group
-        group //= 2
     raise SelfSpecError(
         f"--self-spec.quant: w4 needs linear input widths that are multiples of 32, this model has {sorted(set(in_features))}; "
         "use --self-spec.quant w8a8"

@@ -48,6 +48,7 @@ def test_signatures_we_override_are_unchanged():
 
     for ours, upstream, name in [
         (SelfDraftProposer, DraftModelProposer, "propose"),
+        (SelfDraftProposer, DraftModelProposer, "dummy_run"),
         (SelfDraftProposer, DraftModelProposer, "_sample_from_logits"),
         (SelfSpecScheduler, Scheduler, "schedule"),
         (SelfSpecScheduler, Scheduler, "update_from_output"),

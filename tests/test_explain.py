@@ -171,7 +171,7 @@ def test_without_a_gpu_it_is_about_this_cpu(run_flags, capsys, monkeypatch, tmp_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code, explained = as_json(capsys, run_flags, **{"--self-spec": "auto"})
     assert code == 2
-    assert explained["config"]["quant"] == "w8a8"
+    assert explained["config"]["quant"] == "w4"
     assert explained["memory"]["kv_bytes"] == 6_000_000_000  # a quarter of 0.6 x 40e9
     assert [problem.split(":")[0] for problem in explained["problems"]] == [
         "--ds.attn_implementation",

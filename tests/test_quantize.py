@@ -1,4 +1,4 @@
-"""Quantized checkpoint tensors are those of compressed-tensors; the CPU repacking is vLLM's own, only faster."""
+"""Quantized checkpoint tensors are those of compressed-tensors."""
 
 from __future__ import annotations
 
@@ -57,23 +57,6 @@ def test_all_zero_groups_stay_zero():
         assert scale.isfinite().all()
     values, scale = quantize.quantize_w8(torch.zeros(2, 8))
     assert not values.any() and scale.isfinite().all()
-
-
-def test_cpu_repacking_equals_upstream():
-    from vllm.model_executor.layers.quantization.utils.quant_utils import (
-        pack_quantized_values_into_int32,
-        unpack_quantized_values_into_int32,
-    )
-    from vllm.scalar_type import scalar_types
-
-    from openrlhf_sd.engine.cpu_repairs import repack_w4
-
-    packed, _ = quantize.quantize_w4(weight(96, 256), 128)
-    # vllm/model_executor/kernels/linear/mixed_precision/cpu.py: unpack along in, pack along out, blocks of 16 channels
-    values = unpack_quantized_values_into_int32(packed.t(), scalar_types.uint4b8, 0)
-    by_output = pack_quantized_values_into_int32(values, scalar_types.uint4b8, 1)
-    upstream = by_output.view(256, -1, 2).permute(1, 0, 2).reshape(-1, 512)
-    assert torch.equal(repack_w4(packed), upstream)
 
 
 def test_only_linears_of_decoder_layers_are_quantized():

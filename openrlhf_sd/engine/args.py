@@ -15,7 +15,7 @@ from openrlhf_sd.policy.cost_model import CostModel
 
 
 def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -> SelfSpecConfig:
-    """Fill in what depends on platform and model: scheme and group size.
+    """Fill in what depends on the model: scheme and group size.
 
     Raises:
         SelfSpecError: the model cannot be read, the group size does not fit it, or the GPU has no kernel for the scheme.
@@ -29,7 +29,7 @@ def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -
         raise SelfSpecError(f"model: {model!r} holds no readable config.json ({str(error).splitlines()[0]})") from error
     check_model(hf_config.to_dict(), "model")
     check_weights(model, "model")
-    resolved = resolve_scheme(config, linear_input_widths(hf_config, tensor_parallel_size), "cpu" if current_platform.is_cpu() else "cuda")
+    resolved = resolve_scheme(config, linear_input_widths(hf_config, tensor_parallel_size))
     check_capability(resolved.quant, current_platform.get_device_capability())
     return resolved
 

@@ -86,6 +86,19 @@ class SelfDraftProposer(DraftModelProposer):
             for layer in layers.values():
                 layer.kv_sharing_target_layer_name = None
 
+    def dummy_run(
+        self,
+        num_tokens: int,
+        use_cudagraphs: bool = True,
+        is_graph_capturing: bool = False,
+        slot_mappings: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """With one token per request at most, as a draft step has; upstream's with a whole prefill's, `num_speculative_tokens` times over,
+        would take most of an engine's start on CPU."""
+        if not is_graph_capturing:
+            num_tokens = min(num_tokens, self.vllm_config.scheduler_config.max_num_seqs)
+        super().dummy_run(num_tokens, use_cudagraphs, is_graph_capturing, slot_mappings)
+
     @torch.inference_mode()
     def propose(
         self,
