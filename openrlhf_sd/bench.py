@@ -1,7 +1,7 @@
 """Tokens per second of the self-speculating engine against plain vLLM, on this machine.
 
     python -m openrlhf_sd.bench [--models 60m 400m DIR ...] [--quant w4 w8a8] [--batches 1,4,8,16,tail16] [--gammas 0,1,2,3]
-        [--modes toggle,adaptive,auto] [--calibration auto] [--out DIR]
+        [--modes toggle,adaptive,auto] [--calibration auto] [--tokens 64] [--rounds 3] [--compile] [--out DIR]
 
 What is measured: `LLM.generate` of BATCH distinct prompts, TOKENS sampled tokens each (temperature 1, end of text ignored), wall time.
 `tailN` is a small rollout: N requests of which most end early (TAIL_LENGTHS), so that the batch shrinks to 1. The columns are constant
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calibration", default="auto", help="as --self-spec.calibration; used by the modes only")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds after one that warms up")
     parser.add_argument("--tokens", type=int, default=64, help="sampled tokens per request")
+    parser.add_argument("--compile", action="store_true", help="on a CPU: both engines under torch.compile, as without enforce_eager")
     parser.add_argument("--out", type=Path, default=None, help="folder for bench.json")
     args = parser.parse_args(argv)
     try:
@@ -142,7 +143,7 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
         # use of it.
         "gpu_memory_utilization": 0.1,
         # Eager plain decoding is no baseline on CUDA, where vLLM has graphs; on a CPU compilation takes half a minute per engine.
-        "enforce_eager": current_platform.is_cpu(),
+        "enforce_eager": current_platform.is_cpu() and not args.compile,
         "dtype": "bfloat16",
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,

@@ -117,5 +117,8 @@ def test_vllm_chooses_the_fast_one(monkeypatch):
     cpu_int4.install()
     if HAS_VNNI:
         assert choose_mp_linear_kernel(FUSED_QKV) is cpu_int4.VnniInt4LinearKernel
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
+    assert choose_mp_linear_kernel(FUSED_QKV) is cpu_int4.TorchInt4LinearKernel
+    monkeypatch.delenv("VLLM_CPU_INT4_W4A8")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert choose_mp_linear_kernel(FUSED_QKV) is cpu_int4.TorchInt4LinearKernel

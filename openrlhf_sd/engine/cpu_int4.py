@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
 from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
@@ -73,12 +74,14 @@ class TorchInt4LinearKernel(MPLinearKernel):
 
 
 class VnniInt4LinearKernel(TorchInt4LinearKernel):
-    """As above, with activations rounded to int8 per token on the way in."""
+    """As above, with activations rounded to int8 per token on the way in. VLLM_CPU_INT4_W4A8=0 turns it off, as it does in vLLM."""
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
         if not torch.cpu._is_vnni_supported() or not hasattr(torch.ops._C, "int4_scaled_mm_cpu"):
             return False, "no AVX-512 VNNI instructions"
+        if not envs.VLLM_CPU_INT4_W4A8:
+            return False, "VLLM_CPU_INT4_W4A8 is 0"
         if c.partition_weight_shape[1] % BLOCK_ROWS or c.act_type != torch.bfloat16:
             return False, f"not bf16, or {c.partition_weight_shape[1]} output channels, which are not a multiple of {BLOCK_ROWS}"
         return super().can_implement(c)

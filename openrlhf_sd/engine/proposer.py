@@ -21,6 +21,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from openrlhf_sd.engine.cpu_sampling import sample_by_inversion
 from openrlhf_sd.engine.drafter_weights import DrafterWeights
 from openrlhf_sd.engine.quantize import compressed_tensors_config
 
@@ -164,6 +165,9 @@ class SelfDraftProposer(DraftModelProposer):
             temperature = sampling_metadata.temperature.view(-1, 1)
             # Upstream divides by the temperature itself, after this.
             logits = apply_top_k_top_p(logits.float() / temperature, top_k, top_p) * temperature
+        if self.device.type == "cpu" and sampling_metadata.all_random:
+            probs = (logits / sampling_metadata.temperature.view(-1, 1)).softmax(dim=-1, dtype=torch.float32)
+            return sample_by_inversion(probs), probs
         return super()._sample_from_logits(logits, sampling_metadata)
 
     def _one_token_per_request(

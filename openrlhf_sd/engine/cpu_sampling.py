@@ -1,0 +1,32 @@
+"""Drawing draft tokens on a CPU, where the exponential noise of vLLM's sampler, a random number for every word of the vocabulary, takes a
+tenth of a small model's draft step with 32,000 words and more than a quarter with Qwen's 152,000."""
+
+from __future__ import annotations
+
+import torch
+
+BLOCK = 256
+
+
+def sample_by_inversion(probs: torch.Tensor) -> torch.Tensor:
+    """(B, V) float32 probabilities -> (B,) int64, each drawn with its row's probabilities, to within the rounding of a sum over a block
+    (relative; the softmax rounds as much).
+
+    Two random numbers a row: for a block of the vocabulary, by the blocks' sums, and for a word in it. What is summed up from left to
+    right is float64: in float32 a word of small probability would be drawn with another one than the rejection sampler is told.
+    """
+    num_rows, vocab_size = probs.shape
+    if vocab_size <= BLOCK:
+        return _invert(probs.double())
+    if vocab_size % BLOCK:
+        probs = torch.nn.functional.pad(probs, (0, -vocab_size % BLOCK))
+    blocks = probs.view(num_rows, -1, BLOCK)
+    block = _invert(blocks.sum(dim=-1).double())
+    return block * BLOCK + _invert(blocks[torch.arange(num_rows), block].double())
+
+
+def _invert(weights: torch.Tensor) -> torch.Tensor:
+    """(B, n) float64, not normalized -> (B,) int64 indices. Of weight 0 is none: it would not be the first beyond what was drawn."""
+    cumulated = weights.cumsum(dim=-1)
+    drawn = torch.rand(len(weights), 1, dtype=torch.float64) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, drawn, right=True).squeeze(1)
