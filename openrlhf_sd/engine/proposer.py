@@ -97,7 +97,8 @@ class SelfDraftProposer(DraftModelProposer):
         """With one token per request at most, as a draft step has; upstream's with a whole prefill's, `num_speculative_tokens` times over,
         would take most of an engine's start on CPU."""
         if not is_graph_capturing:
-            num_tokens = min(num_tokens, self.vllm_config.scheduler_config.max_num_seqs)
+            # Not one: this run is what torch.compile traces, and it takes a size of one for a constant.
+            num_tokens = min(num_tokens, max(2, self.vllm_config.scheduler_config.max_num_seqs))
         super().dummy_run(num_tokens, use_cudagraphs, is_graph_capturing, slot_mappings)
 
     @torch.inference_mode()
