@@ -1,5 +1,5 @@
-"""Drawing draft tokens on a CPU, where the exponential noise of vLLM's sampler, a random number for every word of the vocabulary, takes a
-tenth of a small model's draft step with 32,000 words and more than a quarter with Qwen's 152,000."""
+"""Drawing draft tokens on a CPU, where vLLM's sampler spends most of its time on exponential noise, a random number for every word of the
+vocabulary: 2.6 ms for four requests and 32,000 words, 12 to 14 ms for Qwen's 152,000 (one core of an AMD EPYC, Zen 5)."""
 
 from __future__ import annotations
 
