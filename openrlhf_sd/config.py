@@ -117,7 +117,7 @@ class SelfSpecConfig:
         _require(
             self.group_size is None or self.group_size in GROUP_SIZES,
             "--self-spec.group_size",
-            f"no kernel has groups of {self.group_size}; give one of {', '.join(map(str, GROUP_SIZES))}",
+            f"{self.group_size} is not a group size that all kernels have; give one of {', '.join(map(str, GROUP_SIZES))}",
         )
         _require(
             self.group_size is None or self.quant in (None, "w4"),

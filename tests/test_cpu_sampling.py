@@ -46,3 +46,10 @@ def test_not_normalized_is_normalized():
     torch.manual_seed(0)
     drawn = sample_by_inversion(torch.tensor([[1.0, 3.0]]).expand(NUM_DRAWS, -1))
     assert abs(drawn.float().mean().item() - 0.75) < 0.01
+
+
+@pytest.mark.parametrize("vocab_size", [100, BLOCK + 1, 2 * BLOCK])
+def test_a_row_of_nan_gives_a_word_of_the_vocabulary(vocab_size):
+    probs = torch.full((2, vocab_size), float("nan"))
+    probs[1] = 1 / vocab_size
+    assert (sample_by_inversion(probs) < vocab_size).all()

@@ -22,11 +22,15 @@ def sample_by_inversion(probs: torch.Tensor) -> torch.Tensor:
         probs = torch.nn.functional.pad(probs, (0, -vocab_size % BLOCK))
     blocks = probs.view(num_rows, -1, BLOCK)
     block = _invert(blocks.sum(dim=-1).double())
-    return block * BLOCK + _invert(blocks[torch.arange(num_rows), block].double())
+    word = block * BLOCK + _invert(blocks[torch.arange(num_rows), block].double())
+    return word.clamp_(max=vocab_size - 1)
 
 
 def _invert(weights: torch.Tensor) -> torch.Tensor:
-    """(B, n) float64, not normalized -> (B,) int64 indices. Of weight 0 is none: it would not be the first beyond what was drawn."""
+    """(B, n) float64, not normalized -> (B,) int64 indices. Of weight 0 is none: it would not be the first beyond what was drawn.
+
+    Of a row of NaN it is the last: some word, which the policy will refuse, and not one that ends the engine.
+    """
     cumulated = weights.cumsum(dim=-1)
     drawn = torch.rand(len(weights), 1, dtype=torch.float64) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, drawn, right=True).squeeze(1)
+    return torch.searchsorted(cumulated, drawn, right=True).squeeze(1).clamp_(max=weights.shape[1] - 1)
