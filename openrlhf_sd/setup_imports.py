@@ -40,6 +40,9 @@ MODULES = (
     "openrlhf_sd.engine.args",
 )
 
+KERNEL = "cpu_attention_with_kv_cache"
+"""An operator that each of vLLM's CPU builds has."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     (stack,) = sys.argv[1:] if argv is None else argv
@@ -50,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         compat.check_versions()
         platform.is_needed()  # raises where the driver is too old for this build of torch
         if stack == "cpu":
-            # vLLM carries on without its kernels where they do not load, and fails much later.
-            importlib.import_module("torch")
-            importlib.import_module("vllm._C")
+            check_cpu_kernels()
             platform.install()
         for name in MODULES:
             importlib.import_module(name)
@@ -63,6 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         print(f"note: {missing} not found: vLLM can run, but only with enforce_eager (Debian, Ubuntu: apt-get install g++ python3-dev)")
     return 0
+
+
+def check_cpu_kernels() -> None:
+    """vLLM carries on without its kernels where they do not load, and fails much later.
+
+    It chooses among its builds (AVX-512 with bf16, AVX-512, AVX2) by the processor; the wrong one would end this process.
+
+    Raises:
+        ImportError: none of them has loaded.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, KERNEL):
+        raise ImportError(f"vLLM's CPU kernels do not load on this processor ({torch.backends.cpu.get_cpu_capability()}): no operator {KERNEL}")
 
 
 def missing_for_compilation() -> str:

@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -195,6 +196,8 @@ def check_imports(number: str, stack: str, python: Path, log: Path) -> None:
     checked = subprocess.run(command, capture_output=True, text=True, cwd=log.parent, stdin=subprocess.DEVNULL)
     with log.open("a") as file:
         file.write(f"$ {shlex.join(command)}\n{checked.stdout}{checked.stderr}")
+    if checked.returncode < 0:  # where a library crashes, its last words are about something else
+        fail("importing the stack", f"ended by {signal.Signals(-checked.returncode).name}", log)
     if checked.returncode:
         fail("importing the stack", checked.stderr, log)
     for line in checked.stdout.splitlines():

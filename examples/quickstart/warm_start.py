@@ -23,6 +23,8 @@ from build_model import save_policy
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
+from openrlhf_sd.cpu import bf16_products
+
 ROWS, ROW_TOKENS = 2, 512
 """An update sees 1,024 tokens, about 20 demonstrations packed into two rows: lengths vary so much that padding would
 be most of a batch, and batches of like lengths would show the model guesses only or long work only."""
@@ -122,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--model: no model in {args.model}; write one with build_model.py --out {args.model}")
 
     torch.set_num_threads(args.threads)
+    bf16_products.install()  # Muon's
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = Qwen2ForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
     started = time.perf_counter()

@@ -57,6 +57,10 @@ def _torch(torch: ModuleType) -> Iterator[None]:
     torch.cuda.empty_cache = lambda: None
     # Handed to the communicator's broadcast(), which ignores it on the CPU.
     torch.cuda.current_stream = lambda device=None: None
+    # The trainer computes in bf16, which not every processor can.
+    from openrlhf_sd.cpu import bf16_products
+
+    bf16_products.install()
 
 
 @contextmanager
