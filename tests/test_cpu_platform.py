@@ -82,7 +82,7 @@ def grpo_run(tmp_path_factory):
     marker = f"OPENRLHF_SD_TEST={uuid.uuid4()}"
     name, _, value = marker.partition("=")
     offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment = {**os.environ, **offline, name: value}
+    environment = {**os.environ, **offline, name: value, "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     result = subprocess.run(
         [sys.executable, "-m", "openrlhf_sd.launch", *flags],
         env=environment,
@@ -126,6 +126,12 @@ def test_rollout_and_trainer_agree_on_logprobs_after_weight_syncs(grpo_run):
     _, output, _, _ = grpo_run
     # Mean logprob difference over some 2000 tokens; bf16 noise is 1e-4 to 1e-3, a stale head 1e-1.
     assert all(0 < abs(vllm_kl) < 5e-3 for vllm_kl in logged(output, "vllm_kl"))
+
+
+def test_no_extension_is_compiled(grpo_run):
+    """A minute at first use, and a compiler."""
+    _, _, run_dir, _ = grpo_run
+    assert not (run_dir.parent / "extensions").exists()
 
 
 def test_no_process_outlives_the_launcher(grpo_run):

@@ -134,6 +134,14 @@ def _deepspeed_strategy(module: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
+def _deepspeed_comm(module: ModuleType) -> Iterator[None]:
+    yield
+    # At its start it compiles collectives in shared memory for inference, which a training never calls: a compiler, and a
+    # minute at first use.
+    module.build_shm_op = lambda: None
+
+
+@contextmanager
 def _partition_parameters(module: ModuleType) -> Iterator[None]:
     yield
 
@@ -194,6 +202,7 @@ def _vllm_engine(module: ModuleType) -> Iterator[None]:
 PATCHES: dict[str, ModulePatch] = {
     "torch": _torch,
     "torch.distributed.rendezvous": _rendezvous,
+    "deepspeed.comm.torch": _deepspeed_comm,
     "deepspeed.runtime.zero.partition_parameters": _partition_parameters,
     "openrlhf.models.ring_attn_utils": _ring_attn_utils,
     "openrlhf.utils.deepspeed.deepspeed": _deepspeed_strategy,
