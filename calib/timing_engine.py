@@ -190,7 +190,7 @@ def _start(settings: EngineSettings, times_file: Path) -> Any:
     arguments["additional_config"] |= {step_timing.TIMES_FILE_ARG: str(times_file)}
     llm = LLM(settings.model, **arguments)
     if current_platform.is_cpu():
-        llm.collective_rpc(step_timing.sleep_when_idle)
+        llm.collective_rpc(step_timing.prepare_on_cpu)
     return llm
 
 

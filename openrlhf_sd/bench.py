@@ -133,7 +133,7 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
 
     from openrlhf_sd import SelfSpecConfig, engine_args
     from openrlhf_sd.engine.scripted_gamma import QUALNAME
-    from openrlhf_sd.engine.step_timing import sleep_when_idle
+    from openrlhf_sd.engine.step_timing import prepare_on_cpu
 
     sizes = {
         "max_model_len": 512,
@@ -159,13 +159,13 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
         config = SelfSpecConfig(mode="fixed", gamma=gamma, quant=quant)
     console.print(f"{model.name}, drafter {quant}: starting two engines (under a minute)", style="bold")
     ours = engine_args(config, model) | {"scheduler_cls": QUALNAME}
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the call of sleep_when_idle
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the call of prepare_on_cpu
     plain = LLM(str(model), **sizes)
     speculating = LLM(str(model), **sizes, **ours)
     try:
         if current_platform.is_cpu():
             for engine in (plain, speculating):
-                engine.collective_rpc(sleep_when_idle)
+                engine.collective_rpc(prepare_on_cpu)
         requantize_s = [speculating.collective_rpc("self_spec_requantize_checkpoint")[0] for _ in range(3)]
         cells = [
             {"batch": batch, "draft": draft, "ratios": [], "plain_tokens_per_s": [], "tokens_per_s": [], "accepted": [0, 0]}

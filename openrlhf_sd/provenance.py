@@ -22,6 +22,15 @@ PACKAGES = (
 )
 SECRET_FLAGS = ("logger.wandb.key",)
 
+INSTRUCTIONS = {
+    "amx_tile": "AMX",
+    "avx512_bf16": "AVX-512 with bf16",
+    "avx512_vnni": "AVX-512 with VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
+"""Linux's flag -> the best instructions of a processor that has it; first come those with more."""
+
 
 def begin_run(run_dir: Path, argv: Sequence[str], config: SelfSpecConfig | None, upstream: dict[str, Any]) -> None:
     """Write config.json and a provenance.json with status "running".
@@ -118,10 +127,22 @@ def git_sha() -> str | None:
 
 
 def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    return cpu_model(Path("/proc/cpuinfo").read_text()) or platform.machine()
+
+
+def cpu_model(cpuinfo: str) -> str | None:
+    """What tells one processor's step times from another's. Clouds give one name to processors four years apart, and with the
+    instructions it has vLLM changes its kernels.
+
+    Args:
+        cpuinfo: Linux's /proc/cpuinfo; None is returned where it names no model (as on ARM).
+    """
+    first = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines())}
+    if "model name" not in first:
+        return None
+    flags = first.get("flags", "").split()
+    instructions = next((name for flag, name in INSTRUCTIONS.items() if flag in flags), "no AVX2")
+    return f"{first['model name']} (family {first.get('cpu family')}, model {first.get('model')}, {instructions})"
 
 
 def _gpu_names() -> list[str]:

@@ -19,8 +19,8 @@ def kernels():
 def test_every_product_is_that_of_the_same_numbers_in_float32_rounded_once(kernels) -> None:
     torch.manual_seed(0)
     keyset = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-    matrix, other = torch.randn(17, 33).bfloat16(), torch.randn(33, 9).bfloat16()
-    batch, others = torch.randn(3, 17, 33).bfloat16(), torch.randn(3, 33, 9).bfloat16()
+    matrix, other = torch.randn(40, 33).bfloat16(), torch.randn(33, 19).bfloat16()
+    batch, others = torch.randn(3, 40, 33).bfloat16(), torch.randn(3, 33, 19).bfloat16()
     queries, keys, values = torch.randn(3, 2, 4, 11, 8).bfloat16()
     mask = torch.zeros(2, 1, 11, 11).bfloat16()
     mask[:, :, :, 7:] = float("-inf")
@@ -28,9 +28,9 @@ def test_every_product_is_that_of_the_same_numbers_in_float32_rounded_once(kerne
     output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*attention, attn_mask=mask)
     calls = {
         "mm": ((matrix, other), {}),
-        "addmm": ((torch.randn(9).bfloat16(), matrix, other), {"beta": 0.5, "alpha": 2.0}),
+        "addmm": ((torch.randn(19).bfloat16(), matrix, other), {"beta": 0.5, "alpha": 2.0}),
         "bmm": ((batch, others), {}),
-        "baddbmm": ((torch.randn(3, 17, 9).bfloat16(), batch, others), {"beta": 0.5, "alpha": 2.0}),
+        "baddbmm": ((torch.randn(3, 40, 19).bfloat16(), batch, others), {"beta": 0.5, "alpha": 2.0}),
         "_scaled_dot_product_flash_attention_for_cpu": (attention, {"attn_mask": mask}),
         "_scaled_dot_product_flash_attention_for_cpu_backward": (
             (torch.randn_like(output), queries, keys, values, output, logsumexp, 0.0, False),
@@ -47,6 +47,13 @@ def test_every_product_is_that_of_the_same_numbers_in_float32_rounded_once(kerne
         for one, wide, unpatched in zip(*map(as_tuple, (got, expected, own))):
             assert one.dtype == unpatched.dtype, name
             assert torch.equal(one, wide.to(one.dtype)), name
+
+
+def test_few_rows_are_not_worth_widening_a_large_matrix_for() -> None:
+    weight = torch.zeros(1024, 4096, dtype=torch.bfloat16)
+    assert not bf16_products.pays(torch.zeros(4, 1024), weight)
+    assert bf16_products.pays(torch.zeros(8, 1024), weight)
+    assert bf16_products.pays(torch.zeros(1), torch.zeros(8, 1024), weight), "a bias before the factors"
 
 
 def in_float32(values):

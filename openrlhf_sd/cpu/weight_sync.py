@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
+from openrlhf_sd.cpu import bf16_products
 from openrlhf_sd.cpu.gloo_broadcast import GlooBroadcastGroup
 from openrlhf_sd.reload_warnings import not_missing, without_parameters
 
@@ -57,7 +58,7 @@ class CpuWorkerWrap(WorkerWrap):
             raise ValueError("--vllm.sync_with_ray: vLLM's CPU worker is no Ray actor; drop it")
         rank = torch.distributed.get_rank() + rank_offset
         self._sync_group = GlooBroadcastGroup(master_address, master_port, rank, world_size)
-        sleep_soon_when_idle()
+        prepare_engine_process()
 
     def update_weight(self, name: str, dtype: torch.dtype, shape: torch.Size, empty_cache: bool = False) -> None:
         """Receive one parameter of the policy from rank 0. OpenRLHF passes `empty_cache` with the last one of a
@@ -97,7 +98,13 @@ class CpuWorkerWrap(WorkerWrap):
             head.quant_method.process_weights_after_loading(head)
 
 
-def sleep_soon_when_idle() -> None:
+def prepare_engine_process() -> None:
+    """What every engine of a training, and of a measurement, has on the CPU. Idempotent."""
+    bf16_products.install()
+    _sleep_soon_when_idle()
+
+
+def _sleep_soon_when_idle() -> None:
     """vLLM's worker polls for its next call for a second before it sleeps: on a core the trainer, next in turn, is waiting
     for, or another engine that takes turns with it in a measurement.
 

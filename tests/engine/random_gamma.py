@@ -12,7 +12,7 @@ from openrlhf_sd.policy.controller import FixedController
 from openrlhf_sd.policy.observation import StepObservation
 
 
-class _RandomGamma(FixedController):
+class RandomGamma(FixedController):
     def __init__(self, gamma_max: int) -> None:
         super().__init__(gamma_max)
         self._random = random.Random(0)
@@ -22,8 +22,8 @@ class _RandomGamma(FixedController):
 
 
 class RandomGammaScheduler(SelfSpecScheduler):
-    def make_controller(self, config: SelfSpecConfig) -> _RandomGamma:
-        return _RandomGamma(self.num_spec_tokens)
+    def make_controller(self, config: SelfSpecConfig) -> RandomGamma:
+        return RandomGamma(self.num_spec_tokens)
 
 
 def _num_free_blocks(core: EngineCore) -> int:

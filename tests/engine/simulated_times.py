@@ -14,7 +14,7 @@ from openrlhf_sd.policy.controller import Controller
 from openrlhf_sd.policy.observation import MeasuredStep, RolloutAcceptance, StepObservation
 
 
-class _TimesOfAGpu:
+class TimesOfAGpu:
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
         self._costs = GpuLike()
@@ -44,8 +44,8 @@ class _TimesOfAGpu:
 
 
 class SimulatedTimesScheduler(SelfSpecScheduler):
-    def make_controller(self, config: SelfSpecConfig) -> _TimesOfAGpu:
-        return _TimesOfAGpu(super().make_controller(config))
+    def make_controller(self, config: SelfSpecConfig) -> TimesOfAGpu:
+        return TimesOfAGpu(super().make_controller(config))
 
 
 QUALNAME = f"{SimulatedTimesScheduler.__module__}.{SimulatedTimesScheduler.__qualname__}"

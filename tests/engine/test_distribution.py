@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
-import random_gamma
-import simulated_times
+from drafts_by_request import QUALNAME, drafting
 from engines import AcceptanceSince, generate, plain_engine, sampled, self_spec_engine
 from scipy.stats import chi2_contingency
 
@@ -31,8 +31,8 @@ STATISTICS: dict[str, Callable[[list[int]], object]] = {
 }
 
 
-def responses(llm, temperature: float, top_p: float) -> list[list[int]]:
-    return generate(llm, [PROMPT] * NUM_RESPONSES, sampled(max(POSITIONS) + 1, temperature, top_p))
+def responses(llm, temperature: float, top_p: float, **more: Any) -> list[list[int]]:
+    return generate(llm, [PROMPT] * NUM_RESPONSES, sampled(max(POSITIONS) + 1, temperature, top_p, **more))
 
 
 def two_sample_p(first: list[object], second: list[object]) -> float:
@@ -59,21 +59,23 @@ def plain(small_vocab_policy):
 NUM_TESTS = 3 * len(SETTINGS) * len(STATISTICS)
 
 
-@pytest.mark.parametrize(("quant", "scheduler"), [("w4", "fixed"), ("w8a8", "random"), ("w8a8", "auto")])
-def test_same_distribution_as_plain_vllm(measured, plain, small_vocab_policy, quant, scheduler):
-    schedulers = {"random": random_gamma.QUALNAME, "auto": simulated_times.QUALNAME}
-    overrides = {"scheduler_cls": schedulers[scheduler]} if scheduler in schedulers else {}
-    if scheduler == "auto":
-        config = SelfSpecConfig(mode="auto", gamma_max=3, calibration="none", quant=quant)
-    else:
-        config = SelfSpecConfig(mode="fixed", gamma=3, quant=quant)
+FIXED = SelfSpecConfig(mode="fixed", gamma=3, quant="w4")
+CHANGING = SelfSpecConfig(mode="auto", gamma_max=3, calibration="none", quant="w8a8")
+
+
+@pytest.mark.parametrize(
+    ("config", "drafts"), [(FIXED, {"fixed": {}}), (CHANGING, {draft: drafting(draft) for draft in ("random", "auto")})], ids=["w4", "w8a8"]
+)
+def test_same_distribution_as_plain_vllm(measured, plain, small_vocab_policy, config, drafts):
+    overrides = {"scheduler_cls": QUALNAME} if config is CHANGING else {}
     with self_spec_engine(small_vocab_policy, config, seed=2, **overrides) as llm:
-        for name, setting in SETTINGS.items():
-            acceptance = AcceptanceSince(llm)
-            results = p_values(plain[name], responses(llm, *setting))
-            shown = ", ".join(f"{statistic} p={p:.3f}" for statistic, p in results.items())
-            measured(f"{quant}, {scheduler} gamma, {name}, acceptance {acceptance.rate():.2f}: {shown}")
-            assert min(results.values()) > ALPHA / NUM_TESTS
+        for draft, asking in drafts.items():
+            for name, setting in SETTINGS.items():
+                acceptance = AcceptanceSince(llm)
+                results = p_values(plain[name], responses(llm, *setting, **asking))
+                shown = ", ".join(f"{statistic} p={p:.3f}" for statistic, p in results.items())
+                measured(f"{config.quant}, {draft} gamma, {name}, acceptance {acceptance.rate():.2f}: {shown}")
+                assert min(results.values()) > ALPHA / NUM_TESTS
 
 
 def test_rejects_a_biased_sampler(measured, plain, small_vocab_policy):

@@ -6,9 +6,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import random_gamma
-import simulated_times
-from engines import call, generate, greedy, plain_engine, self_spec_engine, spec_decode_counts, token_prompts
+from drafts_by_request import QUALNAME, drafting
+from engines import SIZES, call, generate, greedy, plain_engine, self_spec_engine, spec_decode_counts, token_prompts
 
 from openrlhf_sd import SelfSpecConfig
 
@@ -19,12 +18,31 @@ BF16_GAP = 0.05
 products in another order than decoding one."""
 
 
+PROMPTS = token_prompts(NUM_PROMPTS, 23)
+
+NUM_LAST_TOKENS = 40
+LAST_PROMPTS = [
+    {"prompt_token_ids": [4 + (31 * row + 7 * column) % 19 for column in range(SIZES["max_model_len"] - NUM_LAST_TOKENS)]} for row in range(8)
+]
+"""Prompts that leave so many tokens of the context."""
+
+
 @pytest.fixture(scope="module")
 def plain(warm_policy):
-    prompts = token_prompts(NUM_PROMPTS, 23)
+    """Plain vLLM's outputs for PROMPTS and for LAST_PROMPTS."""
     with plain_engine(warm_policy) as llm:
-        outputs = llm.generate(prompts, greedy(NUM_TOKENS, logprobs=2), use_tqdm=False)
-    return prompts, [output.outputs[0] for output in outputs]
+        return [
+            [output.outputs[0] for output in llm.generate(prompts, greedy(num_tokens, logprobs=2), use_tqdm=False)]
+            for prompts, num_tokens in ((PROMPTS, NUM_TOKENS), (LAST_PROMPTS, NUM_LAST_TOKENS + 24))
+        ]
+
+
+@pytest.fixture(scope="module", params=["w4", "w8a8"])
+def engine(request, warm_policy):
+    """Up to 7 drafts, as each request says."""
+    config = SelfSpecConfig(mode="auto", gamma_max=7, calibration="none", quant=request.param)
+    with self_spec_engine(warm_policy, config, scheduler_cls=QUALNAME) as llm:
+        yield request.param, llm
 
 
 def excused_divergences(reference, tokens) -> int:
@@ -37,38 +55,51 @@ def excused_divergences(reference, tokens) -> int:
     return 0
 
 
+class CountsSince:
+    """Drafts of a test."""
+
+    def __init__(self, llm) -> None:
+        self._llm = llm
+        self._before = spec_decode_counts(llm)
+
+    def counts(self) -> dict[str, int]:
+        return {name: count - self._before.get(name, 0) for name, count in spec_decode_counts(self._llm).items()}
+
+
 @pytest.mark.parametrize("gamma", [1, 3, 7])
-def test_fixed_gamma(measured, plain, warm_policy, gamma):
-    prompts, reference = plain
-    with self_spec_engine(warm_policy, SelfSpecConfig(mode="fixed", gamma=gamma, quant="w4")) as llm:
-        outputs = generate(llm, prompts, greedy(NUM_TOKENS))
-        counts = spec_decode_counts(llm)
-    assert counts["num_drafts"] > 0
+def test_fixed_gamma(measured, plain, engine, gamma):
+    reference, _ = plain
+    quant, llm = engine
+    since = CountsSince(llm)
+    outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS, **drafting(gamma)))
+    counts = since.counts()
+    # Near their end requests are given fewer drafts.
+    assert 0.9 * gamma * counts["num_drafts"] < counts["num_draft_tokens"] <= gamma * counts["num_drafts"]
     divergences = sum(excused_divergences(want, got) for want, got in zip(reference, outputs, strict=True))
-    measured(f"gamma {gamma}: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie (gap < {BF16_GAP})")
+    measured(f"{quant}, gamma {gamma}: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie (gap < {BF16_GAP})")
 
 
-@pytest.mark.parametrize("quant", ["w4", "w8a8"])
-def test_gamma_changing_at_every_step(measured, plain, warm_policy, quant):
-    prompts, reference = plain
-    config = SelfSpecConfig(mode="fixed", gamma=7, quant=quant)
-    with self_spec_engine(warm_policy, config, scheduler_cls=random_gamma.QUALNAME) as llm:
-        outputs = generate(llm, prompts, greedy(NUM_TOKENS))
-        counts = spec_decode_counts(llm)
+def test_gamma_changing_at_every_step(measured, plain, engine):
+    reference, _ = plain
+    quant, llm = engine
+    since = CountsSince(llm)
+    outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS, **drafting("random")))
+    counts = since.counts()
     assert 0 < counts["num_draft_tokens"] < 7 * counts["num_drafts"], "gamma did not change"
     divergences = sum(excused_divergences(want, got) for want, got in zip(reference, outputs, strict=True))
-    measured(f"gamma 0..7 at random, {quant}: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie")
+    measured(f"{quant}, gamma 0..7 at random: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie")
 
 
-def test_auto(measured, plain, warm_policy):
+def test_auto(measured, plain, engine):
     """Uncalibrated, so that it has to try gammas out: they change within the rollout, and the batch shrinks as requests end. By simulated
     step times: on a machine where speculation does not pay, `auto` rightly leaves it off, which would show nothing."""
-    prompts, reference = plain
+    reference, _ = plain
+    quant, llm = engine
     lengths = [16 + 80 * (index % 8 == 0) for index in range(NUM_PROMPTS)]
-    config = SelfSpecConfig(mode="auto", gamma_max=7, calibration="none", quant="w8a8")
-    with self_spec_engine(warm_policy, config, scheduler_cls=simulated_times.QUALNAME) as llm:
-        outputs = generate(llm, prompts, [greedy(length) for length in lengths])
-        report = json.loads(llm.llm_engine.engine_core.call_utility("self_spec_end_rollout", 0, 0, 0))
+    core = llm.llm_engine.engine_core
+    core.call_utility("self_spec_end_rollout", 0, 0, 0)  # of the tests before
+    outputs = generate(llm, PROMPTS, [greedy(length, **drafting("auto")) for length in lengths])
+    report = json.loads(core.call_utility("self_spec_end_rollout", 0, 0, 0))
     gammas = [segment[0] for segment in report["timeline"]]
     assert len(set(gammas)) > 1
     divergences = 0
@@ -76,28 +107,31 @@ def test_auto(measured, plain, warm_policy):
         assert len(got) == length
         shortened = SimpleNamespace(token_ids=want.token_ids[:length], logprobs=want.logprobs)
         divergences += excused_divergences(shortened, got)
-    measured(f"auto, gamma {gammas} in one rollout: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie")
+    measured(f"{quant}, auto, gamma {gammas} in one rollout: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie")
 
 
-def test_up_to_the_end_of_the_context_and_gamma_0(warm_policy):
-    """Drafts that would pass max_model_len are cut, not dropped early; and gamma 0 never runs the drafter."""
-    prompts = token_prompts(8, 23)
-    sizes = {"max_model_len": 64}
-    with plain_engine(warm_policy, **sizes) as llm:
-        reference = llm.generate(prompts, greedy(64, logprobs=2), use_tqdm=False)
-    with self_spec_engine(warm_policy, SelfSpecConfig(mode="fixed", gamma=7, quant="w8a8"), **sizes) as llm:
-        outputs = generate(llm, prompts, greedy(64))
+def test_up_to_the_end_of_the_context(plain, engine):
+    """Drafts that would pass max_model_len are cut, not dropped early."""
+    _, reference = plain
+    _, llm = engine
+    since = CountsSince(llm)
+    outputs = generate(llm, LAST_PROMPTS, greedy(NUM_LAST_TOKENS + 24, **drafting(7)))
+    assert since.counts()["num_drafts"] > 0
     for want, got in zip(reference, outputs, strict=True):
-        assert len(want.prompt_token_ids) + len(got) == 64
-        excused_divergences(want.outputs[0], got)
+        assert len(got) == NUM_LAST_TOKENS
+        excused_divergences(want, got)
 
-    with self_spec_engine(warm_policy, SelfSpecConfig(mode="fixed", gamma=0, quant="w8a8"), **sizes) as llm:
-        call(llm, count_draft_forwards)
-        outputs = generate(llm, prompts, greedy(64))
-        assert call(llm, num_draft_forwards) == 0
-        assert spec_decode_counts(llm).get("num_drafts", 0) == 0
+
+def test_gamma_0_never_runs_the_drafter(plain, engine):
+    _, reference = plain
+    _, llm = engine
+    since = CountsSince(llm)
+    call(llm, count_draft_forwards)
+    outputs = generate(llm, LAST_PROMPTS, greedy(NUM_LAST_TOKENS, **drafting(0)))
+    assert call(llm, num_draft_forwards) == 0
+    assert since.counts().get("num_drafts", 0) == 0
     for want, got in zip(reference, outputs, strict=True):
-        assert list(want.outputs[0].token_ids) == got
+        excused_divergences(want, got)
 
 
 def count_draft_forwards(worker) -> None:

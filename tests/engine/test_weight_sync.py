@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from engines import AcceptanceSince, call, generate, sampled, self_spec_engine, token_prompts
 from trainer import Trainer, logprob_errors, perturb
 from transformers import AutoModelForCausalLM
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from openrlhf_sd import SelfSpecConfig
+from openrlhf_sd.engine.worker import StaleDrafterError
 
 PROMPTS = token_prompts(24, 512)
 PARAMS = sampled(32, logprobs=0)
@@ -105,36 +109,39 @@ def test_w8a8_needs_the_scale_repair(untied_policy, capfd):
     assert "drafter layers do not compute what the policy's do" in capfd.readouterr().out
 
 
-def test_refuses_to_generate_in_the_middle_of_a_sync(untied_policy):
+def test_half_or_broken_syncs_keep_the_engine_from_generating_until_a_whole_one(untied_policy):
     model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
+    name, parameter = next(iter(model.named_parameters()))
     with self_spec_engine(untied_policy, SelfSpecConfig(mode="fixed", gamma=2, quant="w4")) as llm:
         trainer = Trainer(llm)
-        name, parameter = next(iter(model.named_parameters()))
+
+        broken = copy.deepcopy(model)
+        broken.model.layers[2].mlp.up_proj.weight.data[5, 7] = float("nan")
+        with pytest.raises(Exception, match=r"1 parameters arrived with NaN or infinity, the first model.layers.2.mlp.up_proj.weight"):
+            trainer.broadcast(broken)
+        assert call(llm, refuses_to_run)
+        trainer.broadcast(model)
+        assert not call(llm, refuses_to_run)
+
+        # The end mark with the first parameter: the decoder layers never came, so the drafter could only be the old one.
+        with pytest.raises(Exception, match="delivered 0 of 48 decoder parameters"):
+            trainer.send(name, parameter.data, is_last=True)
+        assert call(llm, refuses_to_run)
+        trainer.broadcast(model)
+        errors = logprob_errors(model, llm.generate(PROMPTS, PARAMS, use_tqdm=False))
+        assert errors.mean() < 0.02
+
         trainer.send(name, parameter.data, is_last=False)
         with pytest.raises(EngineDeadError):
             generate(llm, PROMPTS[:1], sampled(4))
 
 
-def test_a_sync_that_leaves_the_drafter_out_is_an_error(untied_policy):
-    """The end mark with the first parameter: the decoder layers never came, so the drafter could only be the old one."""
-    model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
-    with self_spec_engine(untied_policy, SelfSpecConfig(mode="fixed", gamma=2, quant="w4")) as llm:
-        trainer = Trainer(llm)
-        name, parameter = next(iter(model.named_parameters()))
-        with pytest.raises(Exception, match="delivered 0 of 48 decoder parameters"):
-            trainer.send(name, parameter.data, is_last=True)
-        with pytest.raises(EngineDeadError):
-            generate(llm, PROMPTS[:1], sampled(4))
-
-
-def test_weights_that_are_not_finite_stop_the_run(untied_policy):
-    model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
-    model.model.layers[2].mlp.up_proj.weight.data[5, 7] = float("nan")
-    with self_spec_engine(untied_policy, SelfSpecConfig(mode="fixed", gamma=2, quant="w4")) as llm:
-        with pytest.raises(Exception, match=r"1 parameters arrived with NaN or infinity, the first model.layers.2.mlp.up_proj.weight"):
-            Trainer(llm).broadcast(model)
-        with pytest.raises(EngineDeadError):
-            generate(llm, PROMPTS[:1], sampled(4))
+def refuses_to_run(worker) -> bool:
+    try:
+        worker.execute_model(SchedulerOutput.make_empty())
+    except StaleDrafterError:
+        return True
+    return False
 
 
 def test_a_drafter_of_other_weights_than_the_policys_stops_the_run(untied_policy):

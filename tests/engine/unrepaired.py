@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from vllm.model_executor.kernels.linear import _POSSIBLE_INT8_KERNELS
 from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
+from vllm.platforms import PlatformEnum
 from vllm.v1.sample import rejection_sampler
 
 from openrlhf_sd.engine import cpu_repairs
+from openrlhf_sd.engine.cpu_int8 import TorchInt8LinearKernel
 from openrlhf_sd.engine.worker import SelfSpecWorker
 
 _upstream_expand = rejection_sampler.expand_batch_to_tokens
@@ -21,6 +24,8 @@ class WithoutScaleRepair(SelfSpecWorker):
     def init_device(self) -> None:
         super().init_device()
         CPUInt8ScaledMMLinearKernel.process_weights_for_onednn = cpu_repairs._process_weights_for_onednn
+        # Without VNNI instructions another kernel comes first, which has no such fault.
+        _POSSIBLE_INT8_KERNELS[PlatformEnum.CPU].remove(TorchInt8LinearKernel)
 
 
 _upstream_rejection_sample = rejection_sampler.rejection_sample

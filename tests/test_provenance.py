@@ -1,0 +1,35 @@
+"""What a run is said to have run on."""
+
+import pytest
+
+from openrlhf_sd.provenance import cpu_model, describe_machine
+
+TWO_CORES = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: {family}
+model\t\t: 1
+model name\t: AMD EPYC
+flags\t\t: fpu sse4_2 {flags}
+
+processor\t: 1
+model name\t: AMD EPYC
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "said"),
+    [
+        (25, "avx avx2", "AMD EPYC (family 25, model 1, AVX2)"),
+        (25, "avx2 avx512f avx512_vnni", "AMD EPYC (family 25, model 1, AVX-512 with VNNI)"),
+        (26, "avx2 avx512f avx512_bf16 avx512_vnni", "AMD EPYC (family 26, model 1, AVX-512 with bf16)"),
+        (6, "avx", "AMD EPYC (family 6, model 1, no AVX2)"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(family: int, flags: str, said: str) -> None:
+    """By two such machines, of the same cloud and name, one of which has a tenth of the other's speed in bf16."""
+    assert cpu_model(TWO_CORES.format(family=family, flags=flags)) == said
+
+
+def test_a_processor_without_a_name() -> None:
+    assert cpu_model("processor\t: 0\nBogoMIPS\t: 243.75\n") is None
+    assert describe_machine()["cpu_model"]
