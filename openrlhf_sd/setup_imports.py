@@ -79,7 +79,8 @@ def check_cpu_kernels() -> None:
 
     current_platform.import_kernels()
     if not hasattr(torch.ops._C, KERNEL):
-        raise ImportError(f"vLLM's CPU kernels do not load on this processor ({torch.backends.cpu.get_cpu_capability()}): no operator {KERNEL}")
+        capability = torch.backends.cpu.get_cpu_capability()
+        raise ImportError(f"vLLM's CPU kernels do not load on this processor ({capability}): no operator {KERNEL}")
 
 
 def missing_for_compilation() -> str:

@@ -112,6 +112,7 @@ def logged(output: str, name: str) -> list[float]:
     return [float(re.search(rf"'{re.escape(name)}': ([-+.e\d]+)", line).group(1)) for line in steps]
 
 
+@pytest.mark.slow
 def test_vanilla_grpo_trains_to_the_end_on_the_cpu(grpo_run):
     returncode, output, run_dir, _ = grpo_run
     assert returncode == 0, output[-4000:]
@@ -122,18 +123,21 @@ def test_vanilla_grpo_trains_to_the_end_on_the_cpu(grpo_run):
     assert list((run_dir / "tensorboard").glob("*/events.out.*"))
 
 
+@pytest.mark.slow
 def test_rollout_and_trainer_agree_on_logprobs_after_weight_syncs(grpo_run):
     _, output, _, _ = grpo_run
     # Mean logprob difference over some 2000 tokens; bf16 noise is 1e-4 to 1e-3, a stale head 1e-1.
     assert all(0 < abs(vllm_kl) < 5e-3 for vllm_kl in logged(output, "vllm_kl"))
 
 
+@pytest.mark.slow
 def test_no_extension_is_compiled(grpo_run):
     """A minute at first use, and a compiler."""
     _, _, run_dir, _ = grpo_run
     assert not (run_dir.parent / "extensions").exists()
 
 
+@pytest.mark.slow
 def test_no_process_outlives_the_launcher(grpo_run):
     _, _, _, left_behind = grpo_run
     assert left_behind == []

@@ -73,7 +73,7 @@ ELSEWHERE = {
     "python -m calib.simulate_grid": "tests/test_documented_commands.py::test_simulate_grid",
     "python -m pytest tests/test_math_reward.py": MATH_REWARD,
     TO_SAFETENSORS: "tests/test_security.py::test_the_documented_conversion_keeps_weights_and_runs_no_code",
-    PLAIN_VLLM: "tests/engine/test_acceptance.py::test_quantized_drafters_are_accepted_above_080",
+    PLAIN_VLLM: "tests/engine/test_distribution.py::test_same_distribution_as_plain_vllm",
 }
 
 GRID = (

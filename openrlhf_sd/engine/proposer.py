@@ -127,13 +127,15 @@ class SelfDraftProposer(DraftModelProposer):
         if num_speculative_tokens == 0:
             return torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)
 
-        attn_metadata, positions = self._one_token_per_request(common_attn_metadata, num_rejected_tokens_gpu)
+        attn_metadata, last_positions = self._one_token_per_request(common_attn_metadata, num_rejected_tokens_gpu)
         runtime_mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(batch_size)
         token_ids = next_token_ids
         drafted: list[torch.Tensor] = []
         draft_probs: list[torch.Tensor] = []
         for step in range(num_speculative_tokens):
-            positions = self._update_positions_dependent_metadata(positions, attn_metadata, batch_size, num_input_tokens, self.block_size)
+            # Not from what it returns: there a position past the context's end is 0, from where the next draft steps would go on and
+            # overwrite the policy's keys and values of the first tokens.
+            self._update_positions_dependent_metadata(last_positions + step, attn_metadata, batch_size, num_input_tokens, self.block_size)
             attn_metadata._num_computed_tokens_cache = None  # of the draft step before; the line above advances all but this
             _, per_layer_attn_metadata = self.build_per_group_and_layer_attn_metadata(attn_metadata, draft_index=step)
             self.input_ids[:batch_size] = token_ids
@@ -176,7 +178,7 @@ class SelfDraftProposer(DraftModelProposer):
     ) -> tuple[CommonAttentionMetadata, torch.Tensor]:
         """Metadata of a decode step of one token per request, and the position of each request's last verified token, (B,) int64.
 
-        `_update_positions_dependent_metadata` advances both by one before every draft step. Everything it writes to is a copy:
+        `_update_positions_dependent_metadata` advances the metadata by one before every draft step. Everything it writes to is a copy:
         on CPU the runner's "device" tensors are its own bookkeeping.
         """
         batch_size = verified.batch_size()

@@ -52,6 +52,28 @@ def warm_policy(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain_warm(warm_policy):
+    """A plain engine of that policy."""
+    from engines import plain_engine
+
+    with plain_engine(warm_policy, logprobs_mode="processed_logprobs") as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session", params=["w4", "w8a8"])
+def speculating_warm(request, warm_policy):
+    """(scheme, engine): up to 7 drafts, as each request says (`drafts_by_request.drafting`)."""
+    from drafts_by_request import QUALNAME
+    from engines import self_spec_engine
+
+    from openrlhf_sd import SelfSpecConfig
+
+    config = SelfSpecConfig(mode="auto", gamma_max=7, calibration="none", quant=request.param)
+    with self_spec_engine(warm_policy, config, scheduler_cls=QUALNAME, logprobs_mode="processed_logprobs") as llm:
+        yield request.param, llm
+
+
+@pytest.fixture(scope="session")
 def warm_calibration(warm_policy, tmp_path_factory) -> Path:
     """This machine's own quick calibration for that policy, as `--self-spec.calibration auto` makes it."""
     import subprocess

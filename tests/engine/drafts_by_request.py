@@ -1,4 +1,4 @@
-"""A scheduler that drafts as its requests say, so that one engine serves many tests: a gamma, "random", or "auto" by simulated step times."""
+"""A scheduler that drafts as its requests say, so that one engine serves many tests: a gamma, "random", or "auto" by simulated times."""
 
 from __future__ import annotations
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
 
 from openrlhf_sd import SelfSpecConfig, engine_args
+from openrlhf_sd.engine.step_timing import prepare_on_cpu
 
 SIZES = {"max_model_len": 512, "kv_cache_memory_bytes": 128 << 20, "max_num_seqs": 64, "dtype": "bfloat16"}
 """Fixed, so that a plain and a self-speculating engine must end up with the same KV cache."""
@@ -17,7 +19,10 @@ SIZES = {"max_model_len": 512, "kv_cache_memory_bytes": 128 << 20, "max_num_seqs
 
 @contextmanager
 def plain_engine(model: Path, **overrides: Any) -> Iterator[LLM]:
+    """Plain vLLM. On a CPU without AVX-512 with its matrix products by `cpu.bf16_products`, as in every training."""
     with _running(model, overrides) as llm:
+        if current_platform.is_cpu():
+            call(llm, prepare_on_cpu)
         yield llm
 
 
@@ -62,17 +67,19 @@ def spec_decode_counts(llm: LLM) -> dict[str, int]:
     return {m.name.removeprefix(prefix): m.value for m in llm.get_metrics() if m.name.startswith(prefix) and hasattr(m, "value")}
 
 
-class AcceptanceSince:
-    """Acceptance rate of what was generated since this was made."""
+class DraftsSince:
+    """What was drafted since this was made."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._before = spec_decode_counts(llm)
 
-    def rate(self) -> float:
-        now = spec_decode_counts(self._llm)
-        delta = {name: now[name] - self._before.get(name, 0) for name in now}
-        return delta["num_accepted_tokens"] / delta["num_draft_tokens"]
+    def counts(self) -> dict[str, int]:
+        return {name: count - self._before.get(name, 0) for name, count in spec_decode_counts(self._llm).items()}
+
+    def acceptance_rate(self) -> float:
+        counts = self.counts()
+        return counts["num_accepted_tokens"] / counts["num_draft_tokens"]
 
 
 def call(llm: LLM, function: Any, *args: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from drafts_by_request import QUALNAME, drafting
-from engines import AcceptanceSince, generate, plain_engine, sampled, self_spec_engine
+from engines import DraftsSince, generate, plain_engine, sampled, self_spec_engine
 from scipy.stats import chi2_contingency
 
 from openrlhf_sd import SelfSpecConfig
@@ -23,6 +23,9 @@ POSITIONS = (4, 9, 14, 19)
 SETTINGS = {"temperature 1": (1.0, 1.0), "temperature 0.6, top-p 0.9": (0.6, 0.9)}
 MIN_EXPECTED = 5
 ALPHA = 0.001
+WIDE = {"max_num_seqs": 256}
+"""Many short requests: a step costs more than its tokens."""
+
 PROMPT = {"prompt_token_ids": [7, 21, 13, 40]}
 
 STATISTICS: dict[str, Callable[[list[int]], object]] = {
@@ -31,8 +34,17 @@ STATISTICS: dict[str, Callable[[list[int]], object]] = {
 }
 
 
+FEW = 16
+"""Requests at once at which `auto` drafts, by its simulated step times."""
+
+
 def responses(llm, temperature: float, top_p: float, **more: Any) -> list[list[int]]:
     return generate(llm, [PROMPT] * NUM_RESPONSES, sampled(max(POSITIONS) + 1, temperature, top_p, **more))
+
+
+def responses_in_small_batches(llm, temperature: float, top_p: float, **more: Any) -> list[list[int]]:
+    params = sampled(max(POSITIONS) + 1, temperature, top_p, **more)
+    return [tokens for _ in range(0, NUM_RESPONSES * 6 // 10, FEW) for tokens in generate(llm, [PROMPT] * FEW, params)]
 
 
 def two_sample_p(first: list[object], second: list[object]) -> float:
@@ -52,7 +64,7 @@ def p_values(first: list[list[int]], second: list[list[int]]) -> dict[str, float
 
 @pytest.fixture(scope="module")
 def plain(small_vocab_policy):
-    with plain_engine(small_vocab_policy, seed=1) as llm:
+    with plain_engine(small_vocab_policy, seed=1, **WIDE) as llm:
         return {name: responses(llm, *setting) for name, setting in SETTINGS.items()}
 
 
@@ -64,24 +76,25 @@ CHANGING = SelfSpecConfig(mode="auto", gamma_max=3, calibration="none", quant="w
 
 
 @pytest.mark.parametrize(
-    ("config", "drafts"), [(FIXED, {"fixed": {}}), (CHANGING, {draft: drafting(draft) for draft in ("random", "auto")})], ids=["w4", "w8a8"]
+    ("config", "asked"), [(FIXED, {"fixed": {}}), (CHANGING, {draft: drafting(draft) for draft in ("random", "auto")})], ids=["w4", "w8a8"]
 )
-def test_same_distribution_as_plain_vllm(measured, plain, small_vocab_policy, config, drafts):
+def test_same_distribution_as_plain_vllm(measured, plain, small_vocab_policy, config, asked):
     overrides = {"scheduler_cls": QUALNAME} if config is CHANGING else {}
-    with self_spec_engine(small_vocab_policy, config, seed=2, **overrides) as llm:
-        for draft, asking in drafts.items():
+    with self_spec_engine(small_vocab_policy, config, seed=2, **WIDE, **overrides) as llm:
+        for draft, asking in asked.items():
             for name, setting in SETTINGS.items():
-                acceptance = AcceptanceSince(llm)
-                results = p_values(plain[name], responses(llm, *setting, **asking))
+                drafts = DraftsSince(llm)
+                respond = responses_in_small_batches if draft == "auto" else responses
+                results = p_values(plain[name], respond(llm, *setting, **asking))
                 shown = ", ".join(f"{statistic} p={p:.3f}" for statistic, p in results.items())
-                measured(f"{config.quant}, {draft} gamma, {name}, acceptance {acceptance.rate():.2f}: {shown}")
+                measured(f"{config.quant}, {draft} gamma, {name}, acceptance {drafts.acceptance_rate():.2f}: {shown}")
                 assert min(results.values()) > ALPHA / NUM_TESTS
 
 
 def test_rejects_a_biased_sampler(measured, plain, small_vocab_policy):
     """The same engine, accepting each draft with twice the probability it should."""
     config = SelfSpecConfig(mode="fixed", gamma=3, quant="w4")
-    with self_spec_engine(small_vocab_policy, config, seed=3, worker_cls="unrepaired.BiasedSampler") as llm:
+    with self_spec_engine(small_vocab_policy, config, seed=3, worker_cls="unrepaired.BiasedSampler", **WIDE) as llm:
         results = p_values(plain["temperature 1"], responses(llm, 1.0, 1.0))
     measured(f"biased sampler: smallest p {min(results.values()):.1e}")
     assert min(results.values()) < ALPHA / NUM_TESTS

@@ -6,10 +6,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from drafts_by_request import QUALNAME, drafting
-from engines import SIZES, call, generate, greedy, plain_engine, self_spec_engine, spec_decode_counts, token_prompts
-
-from openrlhf_sd import SelfSpecConfig
+from drafts_by_request import drafting
+from engines import SIZES, DraftsSince, call, generate, greedy, token_prompts
 
 NUM_PROMPTS = 64
 NUM_TOKENS = 96
@@ -22,27 +20,22 @@ PROMPTS = token_prompts(NUM_PROMPTS, 23)
 
 NUM_LAST_TOKENS = 40
 LAST_PROMPTS = [
-    {"prompt_token_ids": [4 + (31 * row + 7 * column) % 19 for column in range(SIZES["max_model_len"] - NUM_LAST_TOKENS)]} for row in range(8)
+    {"prompt_token_ids": [4 + (31 * row + 7 * column) % 19 for column in range(SIZES["max_model_len"] - NUM_LAST_TOKENS)]}
+    for row in range(8)
 ]
 """Prompts that leave so many tokens of the context."""
 
 
 @pytest.fixture(scope="module")
-def plain(warm_policy):
-    """Plain vLLM's outputs for PROMPTS and for LAST_PROMPTS."""
-    with plain_engine(warm_policy) as llm:
-        return [
-            [output.outputs[0] for output in llm.generate(prompts, greedy(num_tokens, logprobs=2), use_tqdm=False)]
-            for prompts, num_tokens in ((PROMPTS, NUM_TOKENS), (LAST_PROMPTS, NUM_LAST_TOKENS + 24))
-        ]
+def reference(plain_warm):
+    """Plain vLLM's outputs for PROMPTS."""
+    return [output.outputs[0] for output in plain_warm.generate(PROMPTS, greedy(NUM_TOKENS, logprobs=2), use_tqdm=False)]
 
 
-@pytest.fixture(scope="module", params=["w4", "w8a8"])
-def engine(request, warm_policy):
-    """Up to 7 drafts, as each request says."""
-    config = SelfSpecConfig(mode="auto", gamma_max=7, calibration="none", quant=request.param)
-    with self_spec_engine(warm_policy, config, scheduler_cls=QUALNAME) as llm:
-        yield request.param, llm
+@pytest.fixture(scope="module")
+def last_reference(plain_warm):
+    """The same for LAST_PROMPTS, up to the end of the context."""
+    return [output.outputs[0] for output in plain_warm.generate(LAST_PROMPTS, greedy(NUM_LAST_TOKENS + 24, logprobs=2), use_tqdm=False)]
 
 
 def excused_divergences(reference, tokens) -> int:
@@ -55,22 +48,10 @@ def excused_divergences(reference, tokens) -> int:
     return 0
 
 
-class CountsSince:
-    """Drafts of a test."""
-
-    def __init__(self, llm) -> None:
-        self._llm = llm
-        self._before = spec_decode_counts(llm)
-
-    def counts(self) -> dict[str, int]:
-        return {name: count - self._before.get(name, 0) for name, count in spec_decode_counts(self._llm).items()}
-
-
 @pytest.mark.parametrize("gamma", [1, 3, 7])
-def test_fixed_gamma(measured, plain, engine, gamma):
-    reference, _ = plain
-    quant, llm = engine
-    since = CountsSince(llm)
+def test_fixed_gamma(measured, reference, speculating_warm, gamma):
+    quant, llm = speculating_warm
+    since = DraftsSince(llm)
     outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS, **drafting(gamma)))
     counts = since.counts()
     # Near their end requests are given fewer drafts.
@@ -79,10 +60,9 @@ def test_fixed_gamma(measured, plain, engine, gamma):
     measured(f"{quant}, gamma {gamma}: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie (gap < {BF16_GAP})")
 
 
-def test_gamma_changing_at_every_step(measured, plain, engine):
-    reference, _ = plain
-    quant, llm = engine
-    since = CountsSince(llm)
+def test_gamma_changing_at_every_step(measured, reference, speculating_warm):
+    quant, llm = speculating_warm
+    since = DraftsSince(llm)
     outputs = generate(llm, PROMPTS, greedy(NUM_TOKENS, **drafting("random")))
     counts = since.counts()
     assert 0 < counts["num_draft_tokens"] < 7 * counts["num_drafts"], "gamma did not change"
@@ -90,11 +70,10 @@ def test_gamma_changing_at_every_step(measured, plain, engine):
     measured(f"{quant}, gamma 0..7 at random: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie")
 
 
-def test_auto(measured, plain, engine):
+def test_auto(measured, reference, speculating_warm):
     """Uncalibrated, so that it has to try gammas out: they change within the rollout, and the batch shrinks as requests end. By simulated
     step times: on a machine where speculation does not pay, `auto` rightly leaves it off, which would show nothing."""
-    reference, _ = plain
-    quant, llm = engine
+    quant, llm = speculating_warm
     lengths = [16 + 80 * (index % 8 == 0) for index in range(NUM_PROMPTS)]
     core = llm.llm_engine.engine_core
     core.call_utility("self_spec_end_rollout", 0, 0, 0)  # of the tests before
@@ -110,28 +89,29 @@ def test_auto(measured, plain, engine):
     measured(f"{quant}, auto, gamma {gammas} in one rollout: {divergences} of {NUM_PROMPTS} prompts diverge, each at a near tie")
 
 
-def test_up_to_the_end_of_the_context(plain, engine):
-    """Drafts that would pass max_model_len are cut, not dropped early."""
-    _, reference = plain
-    _, llm = engine
-    since = CountsSince(llm)
-    outputs = generate(llm, LAST_PROMPTS, greedy(NUM_LAST_TOKENS + 24, **drafting(7)))
+@pytest.mark.parametrize("gamma", [7, 0])
+def test_up_to_the_end_of_the_context_and_again_from_the_prefix_cache(last_reference, speculating_warm, gamma):
+    """Drafts that would pass max_model_len are cut, not dropped early; and those beyond it are written nowhere, least of all over the
+    prompt's first keys and values, which the next requests take from the prefix cache."""
+    _, llm = speculating_warm
+    since = DraftsSince(llm)
+    generate(llm, LAST_PROMPTS, greedy(NUM_LAST_TOKENS + 24, **drafting(7)))
     assert since.counts()["num_drafts"] > 0
-    for want, got in zip(reference, outputs, strict=True):
+    outputs = generate(llm, LAST_PROMPTS, greedy(NUM_LAST_TOKENS + 24, **drafting(gamma)))
+    for want, got in zip(last_reference, outputs, strict=True):
         assert len(got) == NUM_LAST_TOKENS
         excused_divergences(want, got)
 
 
-def test_gamma_0_never_runs_the_drafter(plain, engine):
-    _, reference = plain
-    _, llm = engine
-    since = CountsSince(llm)
+def test_gamma_0_never_runs_the_drafter(speculating_warm):
+    _, llm = speculating_warm
+    since = DraftsSince(llm)
     call(llm, count_draft_forwards)
-    outputs = generate(llm, LAST_PROMPTS, greedy(NUM_LAST_TOKENS, **drafting(0)))
+    generate(llm, PROMPTS, greedy(NUM_TOKENS, **drafting(0)))
     assert call(llm, num_draft_forwards) == 0
-    assert since.counts().get("num_drafts", 0) == 0
-    for want, got in zip(reference, outputs, strict=True):
-        excused_divergences(want, got)
+    assert since.counts()["num_drafts"] == 0
+    generate(llm, PROMPTS[:1], greedy(NUM_TOKENS, **drafting(1)))
+    assert call(llm, num_draft_forwards) > 0, "the hook counts"
 
 
 def count_draft_forwards(worker) -> None:

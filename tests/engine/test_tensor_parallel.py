@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from engines import AcceptanceSince, sampled, self_spec_engine, token_prompts
+from engines import DraftsSince, sampled, self_spec_engine, token_prompts
 from trainer import Trainer, logprob_errors, perturb
 from transformers import AutoModelForCausalLM
 
@@ -29,11 +29,12 @@ def test_two_ranks(measured, quant, untied_policy, monkeypatch):
     with self_spec_engine(untied_policy, config, **sharded) as llm:
         trainer = Trainer(llm)
         for sync in range(2):
-            acceptance = AcceptanceSince(llm)
+            drafts = DraftsSince(llm)
             error = logprob_errors(model, llm.generate(PROMPTS, PARAMS, use_tqdm=False)).mean().item()
             assert error < 0.02
-            assert acceptance.rate() > 0.5
-            measured(f"2 tensor-parallel ranks, {quant}, sync {sync}: mean |logprob error| {error:.4f}, acceptance {acceptance.rate():.3f}")
+            assert drafts.acceptance_rate() > 0.5
+            rate = drafts.acceptance_rate()
+            measured(f"2 tensor-parallel ranks, {quant}, sync {sync}: mean |logprob error| {error:.4f}, acceptance {rate:.3f}")
             perturb(model, scale=0.3, seed=sync)
             trainer.broadcast(model)
         reports = llm.collective_rpc("self_spec_sync_report")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from engines import AcceptanceSince, call, generate, greedy, plain_engine, sampled, self_spec_engine, token_prompts
+from engines import DraftsSince, call, generate, greedy, plain_engine, sampled, self_spec_engine, token_prompts
 from vllm.platforms import current_platform
 
 from openrlhf_sd import SelfSpecConfig
@@ -35,10 +35,10 @@ def test_identical_drafter_is_accepted_with_the_kv_cache_of_plain_vllm(policy, e
         plain_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     with self_spec_engine(policy, SelfSpecConfig(mode="fixed", gamma=4, quant="none"), enforce_eager=enforce_eager) as llm:
         assert llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == plain_blocks
-        acceptance = AcceptanceSince(llm)
+        drafts = DraftsSince(llm)
         generate(llm, token_prompts(32, 512), sampled(100))
         # GEMMs pick other kernels for other batch shapes, so equal weights give nearly equal logits.
-        assert acceptance.rate() > 0.98
+        assert drafts.acceptance_rate() > 0.98
 
 
 @EAGER
@@ -90,10 +90,10 @@ class IpcTrainer:
         """By policy (logprobs are this model's) and drafter (accepted)."""
         from trainer import logprob_errors
 
-        acceptance = AcceptanceSince(llm)
+        drafts = DraftsSince(llm)
         outputs = llm.generate(token_prompts(24, 512), sampled(32, logprobs=0), use_tqdm=False)
         assert logprob_errors(self.model, outputs).mean() < 0.02
-        assert acceptance.rate() > 0.5
+        assert drafts.acceptance_rate() > 0.5
 
 
 def addresses(worker) -> dict[str, int]:
@@ -132,9 +132,9 @@ def test_a_captured_drafter_computes_what_an_eager_one_does(measured, policy):
         with self_spec_engine(policy, config, enforce_eager=enforce_eager, gpu_memory_utilization=0.3) as llm:
             for seed in (1, 2, 3):
                 trainer.sync(llm, seed)
-            acceptance = AcceptanceSince(llm)
+            drafts = DraftsSince(llm)
             generate(llm, token_prompts(64, 512), sampled(96))
-            rates[mode] = acceptance.rate()
+            rates[mode] = drafts.acceptance_rate()
     measured(f"w4 after three syncs, acceptance: {rates}")
     assert abs(rates["eager"] - rates["graphs"]) < 0.03
 
