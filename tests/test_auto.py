@@ -171,7 +171,7 @@ def test_deciding_takes_microseconds(measured, mode):
         controller.observe(step)
         spent_s += time.thread_time() - started_s
     measured(f"{mode}: {1e6 * spent_s / num_steps:.0f} microseconds to decide and to learn from a step, 256 requests")
-    assert spent_s / num_steps < 150e-6  # measured at 10 to 50; a busy machine's processor is slower too
+    assert spent_s / num_steps < 300e-6  # measured at 10 to 50 on Zen 5, 30 to 150 on Zen 3; a busy machine's processor is slower too
 
 
 def test_a_calibration_that_is_wrong_about_plain_steps_is_corrected():

@@ -11,9 +11,7 @@ from openrlhf_sd.cpu import bf16_products
 
 @pytest.fixture(scope="module")
 def kernels():
-    return {
-        name: (torch.library.get_kernel(f"aten::{name}", "CPU"), num_rounded) for name, num_rounded in bf16_products.PRODUCTS.items()
-    }
+    return {name: (torch.library.get_kernel(f"aten::{name}", "CPU"), num_rounded) for name, num_rounded in bf16_products.PRODUCTS.items()}
 
 
 def test_every_product_is_that_of_the_same_numbers_in_float32_rounded_once(kernels) -> None:

@@ -187,7 +187,7 @@ def test_engine_computes_with_the_new_weights_after_two_broadcasts(start_engine,
         assert logprob_error(llm, model) > 0.1  # the changes are large enough to see a stale weight
         trainer.broadcast(model)
         assert logprob_error(llm, model) < 0.02
-    if tied:
+    if tied and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # else oneDNN has no bf16, and nothing is packed
         # The same broadcast without the repair of the tied head, to show that it is needed.
         perturb(model, scale=0.5, seed=3)
         *others, (last_name, last) = model.named_parameters()

@@ -15,7 +15,7 @@ from openrlhf_sd.policy.acceptance import AcceptanceEstimate
 from openrlhf_sd.policy.live_costs import LiveCosts
 from openrlhf_sd.policy.observation import MeasuredStep, RolloutAcceptance, StepObservation
 from openrlhf_sd.policy.rough_costs import RoughCosts
-from openrlhf_sd.policy.speedup import StepCosts, acceptance_length
+from openrlhf_sd.policy.speedup import StepCosts, acceptance_lengths
 from openrlhf_sd.policy.step_belief import CALIBRATED, ROUGH
 
 MIN_GAIN = 0.01
@@ -190,8 +190,7 @@ class AutoController:
     def _expected_lengths(self) -> tuple[list[float], list[float]]:
         """Tokens per cycle for every gamma, at the lower and the upper bound of acceptance."""
         if self._lengths is None:
-            bounds = self._acceptance.lower(), self._acceptance.upper()
-            self._lengths = tuple([acceptance_length(bound, gamma) for gamma in self._gammas] for bound in bounds)
+            self._lengths = acceptance_lengths(self._acceptance.lower()), acceptance_lengths(self._acceptance.upper())
         return self._lengths
 
     def observe(self, step: MeasuredStep) -> None:

@@ -42,13 +42,19 @@ def geometric_acceptance_length(acceptance, gamma: int):
     return sum(acceptance**position for position in range(gamma + 1))
 
 
-def acceptance_length(acceptance_by_position: Sequence[float], gamma: int) -> float:
-    """L where position i (0-based) is accepted with `acceptance_by_position[i]`, given that all before it were."""
+def acceptance_lengths(acceptance_by_position: Sequence[float]) -> list[float]:
+    """L at every gamma from 0 on, where position i (0-based) is accepted with `acceptance_by_position[i]`, given that all before it were."""
     length = reached = 1.0
-    for acceptance in acceptance_by_position[:gamma]:
+    lengths = [length]
+    for acceptance in acceptance_by_position:
         reached *= acceptance
         length += reached
-    return length
+        lengths.append(length)
+    return lengths
+
+
+def acceptance_length(acceptance_by_position: Sequence[float], gamma: int) -> float:
+    return acceptance_lengths(acceptance_by_position[:gamma])[-1]
 
 
 def speedup(costs: StepCosts, batch, context, gamma: int, mean_acceptance_length):

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -36,19 +40,53 @@ def small_vocab_policy(tmp_path_factory) -> Path:
     return build_random_policy(tmp_path_factory.mktemp("small"), tied=False, vocab_size=64, spread=0.13, seed=1)
 
 
-@pytest.fixture(scope="session")
-def warm_policy(tmp_path_factory) -> Path:
-    """The quickstart's policy after its real warm start."""
-    import subprocess
+class WarmStart:
+    """The quickstart's real warm start, in a process beside the tests that do not need it."""
 
-    quickstart = Path(__file__).parents[2] / "examples" / "quickstart"
-    folder = tmp_path_factory.mktemp("warm")
-    for command in (
-        ["build_model.py", "--out", str(folder / "random")],
-        ["warm_start.py", "--model", str(folder / "random"), "--out", str(folder / "warm")],
-    ):
-        subprocess.run([sys.executable, quickstart / command[0], *command[1:]], check=True)
-    return folder / "warm"
+    def __init__(self) -> None:
+        quickstart = Path(__file__).parents[2] / "examples" / "quickstart"
+        self.folder = Path(tempfile.mkdtemp(prefix="openrlhf_sd-warm-"))
+        commands = [
+            [sys.executable, quickstart / "build_model.py", "--out", self.folder / "random"],
+            [sys.executable, quickstart / "warm_start.py", "--model", self.folder / "random", "--out", self.folder / "warm"],
+        ]
+        line = " && exec ".join(shlex.join(map(str, command)) for command in commands)
+        with open(self.folder / "log", "w") as log:
+            self.process = subprocess.Popen(["bash", "-c", line], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+
+    def policy(self) -> Path:
+        assert self.process.wait() == 0, (self.folder / "log").read_text()[-3000:]
+        return self.folder / "warm"
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+WARM_START = pytest.StashKey[WarmStart]()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Tests without an engine come first: they say most for their time, and the warm start is under way meanwhile."""
+    items.sort(key=lambda item: "engine" in item.path.parts)
+
+
+def pytest_collection_finish(session) -> None:
+    if not session.config.option.collectonly and any("warm_policy" in item.fixturenames for item in session.items):
+        session.config.stash[WARM_START] = WarmStart()
+
+
+def pytest_unconfigure(config) -> None:
+    warm_start = config.stash.get(WARM_START, None)
+    if warm_start is not None:
+        warm_start.end()
+
+
+@pytest.fixture(scope="session")
+def warm_policy(request) -> Path:
+    """The quickstart's policy after its warm start."""
+    return request.config.stash[WARM_START].policy()
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +114,6 @@ def speculating_warm(request, warm_policy):
 @pytest.fixture(scope="session")
 def warm_calibration(warm_policy, tmp_path_factory) -> Path:
     """This machine's own quick calibration for that policy, as `--self-spec.calibration auto` makes it."""
-    import subprocess
-
     command = [sys.executable, "-m", "calib.automatic", "--model", str(warm_policy)]
     cache = str(tmp_path_factory.mktemp("calibration"))
     finished = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, "XDG_CACHE_HOME": cache})

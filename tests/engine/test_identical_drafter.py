@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import random_gamma
 from engines import DraftsSince, generate, sampled, self_spec_engine, token_prompts
 
@@ -28,6 +29,7 @@ def test_accepted_always(measured, untied_policy):
         assert drafts.acceptance_rate() == 1.0
 
 
+@pytest.mark.slow
 def test_accepted_always_under_torch_compile(tied_policy):
     """torch.compile traces the drafter right after the KV layout; a drafter traced as a KV sharer never writes its own draft tokens
     (acceptance 0.90 instead of 1)."""
