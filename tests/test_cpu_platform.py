@@ -175,7 +175,10 @@ def start_engine(tmp_path, monkeypatch):
         llm.llm_engine.engine_core.shutdown()
 
 
-@pytest.mark.parametrize("tied, enforce_eager", [(True, False), (False, True)], ids=["tied-compiled", "untied-eager"])
+@pytest.mark.parametrize(
+    "tied, enforce_eager",
+    [pytest.param(True, False, id="tied-compiled"), pytest.param(False, True, id="untied-eager", marks=pytest.mark.slow)],
+)
 def test_engine_computes_with_the_new_weights_after_two_broadcasts(start_engine, tied, enforce_eager):
     from trainer import Trainer, perturb  # imports vLLM
 

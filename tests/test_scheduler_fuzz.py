@@ -26,7 +26,7 @@ from openrlhf_sd.policy.cost_model import CostModel
 from openrlhf_sd.policy.model_constants import model_constants
 
 FUZZ = settings(
-    max_examples=150,
+    max_examples=100,
     stateful_step_count=25,
     deadline=None,
     derandomize=True,
