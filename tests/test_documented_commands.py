@@ -42,6 +42,7 @@ COMMANDS = documented_commands()
 QUICKSTART = "tests/engine/test_quickstart.py::test_quickstart"
 COMPARISON = "tests/engine/test_quickstart.py::test_comparison_of_the_quickstart"
 TRAINING = "tests/engine/test_grpo_end_to_end.py::test_every_rollout_has_its_row"
+REPLAY = "tests/engine/test_grpo_end_to_end.py::test_a_recorded_run_is_replayed"
 SWEEP = "tests/engine/test_sweep.py::test_sweep_is_interrupted_and_continued"
 MATH_REWARD = "tests/test_math_reward.py::test_it_takes_more_right_answers_than_openrlhf_and_no_more_wrong_ones"
 PLAIN_VLLM = """\
@@ -70,6 +71,7 @@ ELSEWHERE = {
     "python -m calib.sweep --model DIR --out sweep.csv [--quick]": SWEEP,
     "python -m openrlhf_sd.bench": "tests/engine/test_bench.py::test_bench_compares_with_plain_vllm",
     "python -m openrlhf_sd.simulator": "tests/test_simulator.py::test_a_calibration_alone_is_the_truth_that_all_policies_know",
+    "python -m openrlhf_sd.simulator --trace quickstart_out/auto/metrics.jsonl --calibration quickstart_out/auto/calibration.json": REPLAY,
     "python -m calib.simulate_grid": "tests/test_documented_commands.py::test_simulate_grid",
     "python -m pytest tests/test_math_reward.py": MATH_REWARD,
     TO_SAFETENSORS: "tests/test_security.py::test_the_documented_conversion_keeps_weights_and_runs_no_code",

@@ -43,7 +43,11 @@ def geometric_acceptance_length(acceptance, gamma: int):
 
 
 def acceptance_lengths(acceptance_by_position: Sequence[float]) -> list[float]:
-    """L at every gamma from 0 on, where position i (0-based) is accepted with `acceptance_by_position[i]`, given that all before it were."""
+    """L at every gamma from 0 on.
+
+    Args:
+        acceptance_by_position: probability that the draft token at position i is accepted, given that all before it were.
+    """
     length = reached = 1.0
     lengths = [length]
     for acceptance in acceptance_by_position:

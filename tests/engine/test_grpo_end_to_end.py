@@ -14,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import PROMPTS, SAMPLES, STEPS, make_task, train
 
+from openrlhf_sd import simulator
 from openrlhf_sd.metrics import read_rows
 from openrlhf_sd.run_records import load_run
 from openrlhf_sd.step_ledger import TIMELINE_COLUMNS
@@ -136,6 +137,16 @@ def test_adaptive_trains_alike_and_keeps_its_calibration(measured, runs, adaptiv
     assert mean_size(vllm_kl(measured, "adaptive", adaptive)) < 3 * mean_size(vanilla) + 1e-4
     assert json.loads((adaptive / "calibration.json").read_text()) == json.loads(warm_calibration.read_text())
     assert not (runs["fixed"] / "calibration.json").exists()
+
+
+@pytest.mark.slow
+def test_a_recorded_run_is_replayed(measured, adaptive, capsys):
+    """How well depends on what else the machine does: printed, not promised."""
+    trace, calibration = str(adaptive / "metrics.jsonl"), str(adaptive / "calibration.json")
+    assert simulator.main(["--trace", trace, "--calibration", calibration, "--json"]) == 0
+    [replay] = json.loads(capsys.readouterr().out)["replay"].values()
+    assert [row["rollout"] for row in replay["rollouts"]] == list(range(STEPS))
+    measured(f"replay of adaptive, predicted against measured engine steps: {replay['overall_engine_error']:+.0%}")
 
 
 @pytest.mark.slow
