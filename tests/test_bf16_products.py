@@ -51,6 +51,7 @@ def test_few_rows_are_not_worth_widening_a_large_matrix_for() -> None:
     weight = torch.zeros(1024, 4096, dtype=torch.bfloat16)
     assert not bf16_products.pays(torch.zeros(4, 1024), weight)
     assert bf16_products.pays(torch.zeros(8, 1024), weight)
+    assert not bf16_products.pays(torch.zeros(0, 1024), weight)
     assert bf16_products.pays(torch.zeros(1), torch.zeros(8, 1024), weight), "a bias before the factors"
 
 

@@ -48,8 +48,9 @@ def pays(*args: Any) -> bool:
     left, right = args[-2:]
     if not hasattr(left, "shape") or not hasattr(right, "shape"):
         return True
-    rows, columns, inner = left.shape[-2], right.shape[-1], right.shape[-2]
-    return 1 / (1 / rows + 1 / columns + 1 / inner) >= MIN_REUSE
+    sizes = left.shape[-2], right.shape[-1], right.shape[-2]
+    # The first part is implied by the second, but for empty matrices.
+    return min(sizes) >= MIN_REUSE and 1 / sum(1 / size for size in sizes) >= MIN_REUSE
 
 
 def widened(kernel: Any, num_rounded: int) -> Callable[..., Any]:
