@@ -99,8 +99,11 @@ def plain_warm(warm_policy):
 
 
 @pytest.fixture(scope="session", params=["w4", "w8a8"])
-def speculating_warm(request, warm_policy):
-    """(scheme, engine): up to 7 drafts, as each request says (`drafts_by_request.drafting`)."""
+def speculating_warm(request, warm_policy, plain_warm):
+    """(scheme, engine): up to 7 drafts, as each request says (`drafts_by_request.drafting`).
+
+    After the plain one: an engine that starts takes the counts of all others in its process off vLLM's metrics.
+    """
     from drafts_by_request import QUALNAME
     from engines import self_spec_engine
 

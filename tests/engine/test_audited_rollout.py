@@ -59,6 +59,7 @@ def test_a_right_engine_is_within_bf16_noise(measured, untied_policy, tmp_path):
     measured(f"audit, temperature 0.7: mean |logprob difference| {result.mean_abs_diff:.5f}, at most {result.max_abs_diff:.4f}")
 
 
+@pytest.mark.slow
 def test_a_wrong_kv_cache_stops_the_run(measured, untied_policy, tmp_path):
     with pytest.raises(AuditError, match="252 sampled tokens scored again without speculation differ by") as stopped:
         audited(untied_policy, tmp_path / "audit", worker_cls="unrepaired.LosesVerifiedKV")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from engines import generate, greedy, plain_engine, self_spec_engine, spec_decode_counts, token_prompts
 
 from openrlhf_sd import SelfSpecConfig
@@ -17,6 +18,7 @@ def end_rollout(llm) -> dict:
     return json.loads(llm.llm_engine.engine_core.call_utility("self_spec_end_rollout", 0, 0, 0))
 
 
+@pytest.mark.slow
 def test_speculation_goes_off_for_the_rollout_and_comes_back_in_the_next(measured, warm_policy):
     with plain_engine(warm_policy) as llm:
         wanted = generate(llm, PROMPTS, greedy(NUM_TOKENS))

@@ -17,6 +17,8 @@ from data_prep import simplerl_zoo
 from openrlhf_sd.metrics import read_rows
 from openrlhf_sd.run_records import load_run
 
+pytestmark = pytest.mark.slow
+
 MATH_REWARD = Path(__file__).parents[2] / "examples" / "math_reward.py"
 VOCAB_SIZE = 512
 STEPS = 2

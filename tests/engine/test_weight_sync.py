@@ -140,6 +140,7 @@ def refuses_to_run(worker) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_drafter_of_other_weights_than_the_policys_stops_the_run(untied_policy):
     model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
     config = SelfSpecConfig(mode="fixed", gamma=2, quant="w4")
