@@ -28,6 +28,7 @@ MODULES = (
     "scipy",
     "hypothesis",
     "pytest",
+    "xdist",
     "math_verify",
     "vllm",
     "vllm.v1.engine.async_llm",

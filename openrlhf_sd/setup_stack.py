@@ -193,7 +193,8 @@ def check_imports(number: str, stack: str, python: Path, log: Path) -> None:
     start = time.monotonic()
     # Not from the repository's folder: there the package would be found even if it were not installed.
     command = [str(python), "-m", "openrlhf_sd.setup_imports", stack]
-    checked = subprocess.run(command, capture_output=True, text=True, cwd=log.parent, stdin=subprocess.DEVNULL)
+    keeping_byte_code = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    checked = subprocess.run(command, capture_output=True, text=True, cwd=log.parent, stdin=subprocess.DEVNULL, env=keeping_byte_code)
     with log.open("a") as file:
         file.write(f"$ {shlex.join(command)}\n{checked.stdout}{checked.stderr}")
     if checked.returncode < 0:  # where a library crashes, its last words are about something else

@@ -84,7 +84,7 @@ def test_cpu_plan_takes_the_cpu_build_of_torch_first_and_three_wheels_without_th
     torch = stages[0]
     assert torch.commands[0][-1] == "torch==2.13.0+cpu"
     assert [command[-2:] for command in torch.otherwise] == [
-        ("--progress-bar=off", "uv"),
+        ("--no-compile", "uv"),
         ("--torch-backend=cpu", "torch==2.13.0"),
     ]
     assert [stage.commands[0][-2:] for stage in stages[1:3]] == [

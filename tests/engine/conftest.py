@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+import lanes
 import pytest
+from filelock import FileLock
 
 # vLLM's engine processes are spawned, so what they need has to be in the environment before the first engine starts.
 os.environ |= {
@@ -40,53 +39,22 @@ def small_vocab_policy(tmp_path_factory) -> Path:
     return build_random_policy(tmp_path_factory.mktemp("small"), tied=False, vocab_size=64, spread=0.13, seed=1)
 
 
-class WarmStart:
-    """The quickstart's real warm start, in a process beside the tests that do not need it."""
-
-    def __init__(self) -> None:
-        quickstart = Path(__file__).parents[2] / "examples" / "quickstart"
-        self.folder = Path(tempfile.mkdtemp(prefix="openrlhf_sd-warm-"))
-        commands = [
-            [sys.executable, quickstart / "build_model.py", "--out", self.folder / "random"],
-            [sys.executable, quickstart / "warm_start.py", "--model", self.folder / "random", "--out", self.folder / "warm"],
-        ]
-        line = " && exec ".join(shlex.join(map(str, command)) for command in commands)
-        with open(self.folder / "log", "w") as log:
-            self.process = subprocess.Popen(["bash", "-c", line], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-
-    def policy(self) -> Path:
-        assert self.process.wait() == 0, (self.folder / "log").read_text()[-3000:]
-        return self.folder / "warm"
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-WARM_START = pytest.StashKey[WarmStart]()
-
-
-def pytest_collection_modifyitems(items) -> None:
-    """Tests without an engine come first: they say most for their time, and the warm start is under way meanwhile."""
-    items.sort(key=lambda item: "engine" in item.path.parts)
-
-
-def pytest_collection_finish(session) -> None:
-    if not session.config.option.collectonly and any("warm_policy" in item.fixturenames for item in session.items):
-        session.config.stash[WARM_START] = WarmStart()
-
-
-def pytest_unconfigure(config) -> None:
-    warm_start = config.stash.get(WARM_START, None)
-    if warm_start is not None:
-        warm_start.end()
-
-
 @pytest.fixture(scope="session")
-def warm_policy(request) -> Path:
-    """The quickstart's policy after its warm start."""
-    return request.config.stash[WARM_START].policy()
+def warm_policy(tmp_path_factory) -> Path:
+    """The quickstart's policy after its real warm start, made once for all lanes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if lanes.in_lane() else base) / "quickstart"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "warm").exists():
+            quickstart = Path(__file__).parents[2] / "examples" / "quickstart"
+            for step in (
+                [quickstart / "build_model.py", "--out", folder / "random"],
+                [quickstart / "warm_start.py", "--model", folder / "random", "--out", folder / "unfinished"],
+            ):
+                done = subprocess.run([sys.executable, *step], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                assert done.returncode == 0, done.stdout[-3000:]
+            (folder / "unfinished").rename(folder / "warm")
+    return folder / "warm"
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from openrlhf_sd import bench
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.whole_machine
 
 
 def test_a_model_that_is_nowhere_is_one_line(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -34,23 +35,25 @@ class Run:
         self.run_dir = run_dir
         self.log = run_dir.parent / f"{run_dir.name}.log"
         self._seen: dict[int, psutil.Process] = {}
+        self.ray_folders: set[str] = set()
         with open(self.log, "wb") as log:
             line = command(run_dir, policy, data, "--self-spec", "fixed", *flags, steps=steps)
             self.process = psutil.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
-    def descendants(self) -> list[psutil.Process]:
+    def command_lines(self) -> dict[psutil.Process, str]:
+        """Of every descendant that lives."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in self.process.children(recursive=True):
                 self._seen[process.pid] = process
-        return [process for process in self._seen.values() if process.is_running()]
+        lines = {}
+        for process in self._seen.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                lines[process] = " ".join(process.cmdline())
+        self.ray_folders |= {folder for line in lines.values() for folder in re.findall(r"/tmp/ray-\w+", line)}
+        return lines
 
     def named(self, title: str) -> list[psutil.Process]:
-        found = []
-        for process in self.descendants():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+        return [process for process, line in self.command_lines().items() if title in line]
 
     def wait_until(self, happens: Callable[[], object], what: str, within_s: float = 180) -> None:
         deadline = time.monotonic() + within_s
@@ -58,13 +61,13 @@ class Run:
             assert self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE, self.output()[-4000:]
             assert time.monotonic() < deadline, f"{what}: not within {within_s} s\n{self.output()[-4000:]}"
             time.sleep(0.1)
-            self.descendants()
+            self.command_lines()
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
     def ended(self) -> int:
-        self.descendants()
+        self.command_lines()
         return self.process.wait(timeout=ENDS_WITHIN_S)
 
     def survivors(self) -> list[str]:
@@ -72,7 +75,7 @@ class Run:
         return [f"{process.pid} {process.name()}" for process in alive]
 
     def kill(self) -> None:
-        for process in [*self.descendants(), self.process]:
+        for process in [*self._seen.values(), self.process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
@@ -86,9 +89,13 @@ def running(*args: object, **kwargs: object) -> Iterator[Run]:
         run.kill()
 
 
-def left_behind() -> set[str]:
-    """Shared memory and Ray folders of this machine."""
-    return {str(path) for pattern in ("/dev/shm/*", "/tmp/ray-*") for path in Path("/").glob(pattern.lstrip("/"))}
+def unused_shared_memory() -> set[str]:
+    """Of this machine, whoever made it: what no process has mapped."""
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # a process that has ended, or another user's
+            mapped |= set(re.findall(r"/dev/shm/\S+", maps.read_text()))
+    return set(map(str, Path("/dev/shm").glob("*"))) - mapped
 
 
 def status(run_dir: Path) -> str:
@@ -105,7 +112,7 @@ STAGES: dict[str, Callable[[Run], object]] = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_ctrl_c_ends_everything(stage, warm_policy, data, tmp_path):
-    before = left_behind()
+    before = unused_shared_memory()
     with running(tmp_path / "run", warm_policy, data) as run:
         run.wait_until(lambda: STAGES[stage](run), stage)
         os.killpg(run.process.pid, signal.SIGINT)  # a terminal sends it to every process of the group
@@ -113,7 +120,8 @@ def test_ctrl_c_ends_everything(stage, warm_policy, data, tmp_path):
         assert run.survivors() == []
         assert "openrlhf-sd: interrupted" in run.output().splitlines()[-1]
         assert status(run.run_dir) == "failed"
-    assert left_behind() - before == set()
+    assert not unused_shared_memory() - before
+    assert run.ray_folders and not any(Path(folder).exists() for folder in run.ray_folders)
 
 
 @pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker", "ray::RolloutRayActor"])

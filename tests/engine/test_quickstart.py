@@ -13,7 +13,7 @@ from run_folders import Page
 
 from openrlhf_sd.metrics import read_rows
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.whole_machine
 
 ROOT = Path(__file__).parents[2]
 STEPS = 2  # the first one is left out of all times

@@ -25,7 +25,7 @@ def command(model: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "calib.sweep", *flags]
 
 
-@pytest.mark.slow
+@pytest.mark.whole_machine
 def test_sweep_is_interrupted_and_continued(tied_policy, tmp_path, measured):
     out = tmp_path / "sweep.csv"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -72,7 +72,7 @@ def test_sweep_is_interrupted_and_continued(tied_policy, tmp_path, measured):
     assert list(tmp_path.glob("sweep.csv.*")) == [], "logs of engines that ended well"
 
 
-@pytest.mark.slow
+@pytest.mark.whole_machine
 def test_engine_that_cannot_start_is_one_error_with_its_cause(tied_policy, tmp_path):
     model = tmp_path / "without_weights"
     model.mkdir()

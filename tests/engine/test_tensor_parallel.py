@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from openrlhf_sd import SelfSpecConfig, engine_args
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.whole_machine
 
 PROMPTS = token_prompts(16, 512)
 PARAMS = sampled(24, logprobs=0)
