@@ -161,15 +161,17 @@ def test_deciding_takes_microseconds(measured, mode):
     """At 256 requests, with a shipped calibration; a shrinking batch and a growing context, so that nothing stays cached for long."""
     controller = make_controller(SelfSpecConfig(mode=mode), load(shipped_paths()[0]).cost_model)
     controller.end_rollout(RolloutAcceptance(0, 0, 0))
-    spent_s = 0.0
     num_steps = 2000
+    steps = []
     for index in range(num_steps):
         observation = StepObservation(256 - index // 10, 200.0 + 3 * index)
-        step = MeasuredStep(observation.num_decodes, observation.mean_context, 0.02, 0, 3, 3, 256, (256, 250, 240), (250, 240, 230))
-        started_s = time.thread_time()  # of the processor: this machine may be busy
+        drafts = ((256, 250, 240), (250, 240, 230))
+        steps.append((observation, MeasuredStep(observation.num_decodes, observation.mean_context, 0.02, 0, 3, 3, 256, *drafts)))
+    started_s = time.thread_time()  # of the processor: this machine may be busy
+    for observation, step in steps:
         controller.next_gamma(observation)
         controller.observe(step)
-        spent_s += time.thread_time() - started_s
+    spent_s = time.thread_time() - started_s
     measured(f"{mode}: {1e6 * spent_s / num_steps:.0f} microseconds to decide and to learn from a step, 256 requests")
     assert spent_s / num_steps < 300e-6  # measured at 10 to 50 on Zen 5, 30 to 150 on Zen 3; a busy machine's processor is slower too
 
@@ -231,7 +233,7 @@ def test_without_a_calibration_it_takes_most_of_the_gain_and_keeps_it(world):
         controller = AutoController(costs, 11)
         saved[costs] = [1 - run(controller, same(world), lengths, acceptance, seed=seed).seconds / plain for seed in range(6)]
     assert sum(saved[None][1:]) > 0.7 * sum(saved[world][1:])
-    assert min(saved[None][3:]) > 0.6 * min(saved[world][3:])
+    assert min(saved[None][3:]) > 0.75 * min(saved[world][3:])
 
 
 @pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.8])

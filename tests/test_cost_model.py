@@ -147,6 +147,15 @@ def test_numbers_and_arrays_give_the_same_seconds():
             assert [costs.verify_step_s(*point) for point in points] == pytest.approx(costs.verify_step_s(batches, contexts, gammas))
 
 
+def test_linears_computed_by_the_block_are_those_of_each_number():
+    for terms in (GPU, CPU):
+        costs = model(QWEN, terms)
+        for rows in (1, 2, 255, 256, 257, 1000):
+            assert costs._linears(rows) == pytest.approx(costs._target_linears_s(rows), rel=1e-12)
+            assert costs._draft_linears(rows) == pytest.approx(costs._draft_linears_s(rows), rel=1e-12)
+            assert type(costs._linears(rows)) is float
+
+
 def test_an_unquantized_drafter_costs_a_target_step_of_linears():
     terms = dataclasses.replace(BYTES_ONLY)
     assert model(terms=terms, quant="none").draft_step_s(4, 100) == pytest.approx(model(terms=terms).target_step_s(4, 100))

@@ -31,6 +31,9 @@ FIRST_GUESS_DRAFTS = 4.0
 NEIGHBOUR_DRAFTS = 16.0
 """Weight of the position before as the guess for a position: acceptance changes little from one to the next."""
 
+SMALLEST_UNIT = 1e-100
+"""Far above what a float can no longer hold."""
+
 SIGMAS = 1.0
 """Width of the bounds. Draft tokens of one request are not independent, so a sigma counted as if they were covers less than 68%."""
 
@@ -51,7 +54,7 @@ class AcceptanceEstimate:
         for counts in (self._slow, self._recent):
             counts.add(num_draft_tokens_per_pos, num_accepted_tokens_per_pos)
         if self._slow.differs_from(self._recent):
-            self._slow.copy(self._recent)
+            self._slow.restore(self._recent.reached, self._recent.accepted)
         self._bounds = None
 
     def fade(self, factor: float) -> None:
@@ -62,7 +65,7 @@ class AcceptanceEstimate:
 
     def num_reached(self, position: int) -> float:
         """Fading count of the drafts that position's acceptance is known from."""
-        return self._slow.reached[position]
+        return self._slow.num_reached(position)
 
     def lower(self) -> list[float]:
         return self._both_bounds()[0]
@@ -76,65 +79,80 @@ class AcceptanceEstimate:
         return self._bounds
 
     def state(self) -> dict[str, Any]:
-        return {"reached": list(self._slow.reached), "accepted": list(self._slow.accepted)}
+        return {"reached": self._slow.reached, "accepted": self._slow.accepted}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the saved counts belong to another gamma_max."""
-        if len(state["reached"]) != len(self._slow.reached):
-            raise ValueError(f"saved acceptance covers {len(state['reached'])} positions, this run drafts {len(self._slow.reached)}")
-        self._slow.reached, self._slow.accepted = list(state["reached"]), list(state["accepted"])
+        if len(state["reached"]) != self._slow.num_positions:
+            raise ValueError(f"saved acceptance covers {len(state['reached'])} positions, this run drafts {self._slow.num_positions}")
+        self._slow.restore(state["reached"], state["accepted"])
         self._bounds = None
 
 
 class _Counts:
-    """Per position: drafts that reached it (drafted, all before accepted) and drafts accepted there."""
+    """Per position: drafts that reached it (drafted, all before accepted) and drafts accepted there.
+
+    All fade alike, so one number fades instead, the unit they are counted in.
+    """
 
     def __init__(self, num_positions: int) -> None:
-        self.reached = [0.0] * num_positions
-        self.accepted = [0.0] * num_positions
+        self._reached = [0.0] * num_positions
+        self._accepted = [0.0] * num_positions
+        self._unit = 1.0
+
+    @property
+    def num_positions(self) -> int:
+        return len(self._reached)
+
+    @property
+    def reached(self) -> list[float]:
+        return [count * self._unit for count in self._reached]
+
+    @property
+    def accepted(self) -> list[float]:
+        return [count * self._unit for count in self._accepted]
+
+    def restore(self, reached: Sequence[float], accepted: Sequence[float]) -> None:
+        self._reached, self._accepted = list(reached), list(accepted)
+        self._unit = 1.0
+
+    def num_reached(self, position: int) -> float:
+        return self._reached[position] * self._unit
 
     def fade(self, factor: float) -> None:
-        self.reached = [count * factor for count in self.reached]
-        self.accepted = [count * factor for count in self.accepted]
+        self._unit *= factor
+        if self._unit < SMALLEST_UNIT:
+            self.restore(self.reached, self.accepted)
 
     def add(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        unit = self._unit
         still_accepted = drafted[0]
         for position, (num_drafted, num_accepted) in enumerate(zip(drafted, accepted)):
             # Drafts cut short near the end of a sequence never reach the later positions.
-            self.reached[position] += min(still_accepted, num_drafted)
-            self.accepted[position] += num_accepted
+            self._reached[position] += (still_accepted if still_accepted < num_drafted else num_drafted) / unit
+            self._accepted[position] += num_accepted / unit
             still_accepted = num_accepted
-
-    def copy(self, other: _Counts) -> None:
-        self.reached, self.accepted = list(other.reached), list(other.accepted)
 
     def differs_from(self, other: _Counts) -> bool:
         """Whether acceptance over all positions differs by more than chance."""
-        own_n, other_n = sum(self.reached), sum(other.reached)
-        if min(own_n, other_n) < 1:
+        own_n, other_n = sum(self._reached) * self._unit, sum(other._reached) * other._unit
+        if own_n < 1 or other_n < 1:
             return False
-        own_rate, other_rate = sum(self.accepted) / own_n, sum(other.accepted) / other_n
+        own_rate, other_rate = sum(self._accepted) * self._unit / own_n, sum(other._accepted) * other._unit / other_n
         variance = own_rate * (1 - own_rate) * (1 / own_n + 1 / other_n) + 1 / other_n**2
-        return abs(own_rate - other_rate) > CHANGE_SIGMAS * math.sqrt(variance)
-
-    def means(self) -> list[float]:
-        means = []
-        guess, weight = FIRST_GUESS, FIRST_GUESS_DRAFTS
-        for reached, accepted in zip(self.reached, self.accepted):
-            guess = (accepted + guess * weight) / (reached + weight)
-            means.append(guess)
-            weight = NEIGHBOUR_DRAFTS
-        return means
+        return (own_rate - other_rate) ** 2 > CHANGE_SIGMAS**2 * variance
 
     def bounds(self) -> tuple[list[float], list[float]]:
         lower, upper = [], []
-        weight = FIRST_GUESS_DRAFTS
-        known = 0.0
-        for mean, reached in zip(self.means(), self.reached):
+        unit, mean, weight, known = self._unit, FIRST_GUESS, FIRST_GUESS_DRAFTS, FIRST_GUESS_DRAFTS
+        for reached, accepted in zip(self._reached, self._accepted):
+            reached *= unit
+            # The position before is the guess for this one.
+            mean = (accepted * unit + mean * weight) / (reached + weight)
             # What is known of this position, or, through its neighbour, at most as much as of the one before.
-            known = reached + min(weight, known if known else weight)
-            sigma = math.sqrt(max(mean * (1 - mean), 1 / (known + 2)) / (known + 1))
-            lower.append(max(0.0, mean - SIGMAS * sigma))
-            upper.append(min(1.0, mean + SIGMAS * sigma))
+            known = reached + (weight if weight < known else known)
+            width = SIGMAS * math.sqrt(max(mean * (1 - mean), 1 / (known + 2)) / (known + 1))
+            lower.append(mean - width if mean > width else 0.0)
+            upper.append(mean + width if mean + width < 1.0 else 1.0)
             weight = NEIGHBOUR_DRAFTS
         return lower, upper

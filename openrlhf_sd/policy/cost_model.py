@@ -25,6 +25,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.policy import kernel_seconds as kernels
 from openrlhf_sd.policy.model_constants import BF16_BYTES, ModelConstants
@@ -34,6 +36,9 @@ PROMPTS = ("distinct", "identical")
 caching; it is read from memory once, and vLLM computes attention to it once (cascade). Sweeps so taken make long contexts look cheap."""
 
 REFERENCE_HEAD_DIM = 128
+
+ROWS_AT_ONCE = 256
+"""Whole numbers of rows whose linears are computed together, when one of them is asked for."""
 
 LOGIT_PASSES = 6
 """Times the sampler reads or writes a token's fp32 logits."""
@@ -120,7 +125,7 @@ class CostModel:
     """The regime that is predicted, one of PROMPTS; `under` changes it."""
 
     _linears_s: dict[tuple[str, float], float] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Linears' seconds by rows. In an engine rows are few whole numbers, and a controller asks thousands of times per second."""
+    """Linears' seconds by rows. A controller asks thousands of times per second, about rows that are whole numbers."""
 
     def __post_init__(self) -> None:
         if self.prompts not in PROMPTS:
@@ -214,10 +219,15 @@ class CostModel:
         try:
             return self._linears_s[kind, rows]
         except KeyError:
-            seconds = self._linears_s[kind, rows] = compute(rows)
-            return seconds
+            if rows != int(rows) or rows < 1:
+                return compute(rows)
         except TypeError:  # an array cannot be a key
             return compute(rows)
+        # A whole block at once takes hardly longer than one number: a rollout that shrinks passes by nearly all of them.
+        first = (int(rows) - 1) // ROWS_AT_ONCE * ROWS_AT_ONCE + 1
+        block = range(first, first + ROWS_AT_ONCE)
+        self._linears_s.update(zip(((kind, number) for number in block), compute(np.array(block)).tolist()))
+        return self._linears_s[kind, rows]
 
     def _target_linears_s(self, rows):
         layers = self.constants.num_layers

@@ -74,8 +74,9 @@ class LiveCosts:
                 self._learn_scale(step_s / plain_s)
             return
         self._num_steps += 1
+        self._belief.turn_to(batch, gamma)
         believed = self._belief.plain(batch)
-        draft_share = None
+        draft_share = 0.0
         if gamma:
             drafts_s = gamma * draft_s * math.exp(self._belief.draft(batch))
             cycle_s = verify_s[gamma - 1] + drafts_s
@@ -85,7 +86,7 @@ class LiveCosts:
             believed += math.log(plain_s)
         stair = self._stair(batch, gamma)
         deviation = math.log(step_s / self._scale_s) - believed
-        surprise, has_changed = self._belief.learn(batch, draft_share, deviation, stair)
+        surprise, has_changed = self._belief.learn(draft_share, deviation, stair)
         if has_changed:
             (self._cycle_stairs if gamma else self._plain_stairs).clear()
             stair = 0.0
@@ -117,6 +118,7 @@ class LiveCosts:
 
     def cycles_s(self, batch: int, context: float) -> list[float]:
         """Seconds of a cycle at every gamma; at 0 of a plain step."""
+        self._belief.settle()
         plain_s, draft_s, verify_s = self._predicted(batch, context)
         level_s = self._scale_s * math.exp(self._belief.plain(batch))
         cycle_s = level_s * math.exp(self._belief.cycle())
@@ -134,6 +136,7 @@ class LiveCosts:
 
     def sigma(self, batch: int, gamma: int) -> float:
         """How far a cycle over a plain step may be off: standard deviation of the logarithm of their ratio."""
+        self._belief.settle()
         draft_share = gamma / (gamma + 2)  # a verify step takes as long as two draft steps, roughly
         stairs = sum(STAIR_WEIGHT / (STAIR_WEIGHT + self.num_measured(batch, kind)) for kind in (False, True))
         return math.sqrt(self._belief.ratio_variance(batch, draft_share) + STAIR_SIGMA**2 * stairs)
@@ -158,6 +161,7 @@ class LiveCosts:
 
     def state(self) -> dict[str, Any]:
         """The curves; how sure they are is learned anew, and so are stairs."""
+        self._belief.settle()
         return {"is_calibrated": self._trust.knows_seconds, "scale_s": self._scale_s, "curves": self._belief.means}
 
     def restore(self, state: dict[str, Any]) -> None:

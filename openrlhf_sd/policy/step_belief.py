@@ -12,6 +12,7 @@ the next.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -26,6 +27,12 @@ STEP_SIGMA = 0.1
 
 FADES_IN_STEPS = 10_000.0
 """Doubt is back after so many steps; with STEP_SIGMA this also sets the memory where steps are measured, about 100 of them."""
+
+STEPS_AT_ONCE = 4
+"""Steps of one kind that are learned from together, for a fraction of the microseconds, where each alone would move belief little."""
+
+LITTLE = 0.1
+"""Share of a step's surprise by which it moves the belief about its own kind."""
 
 FADE_EVERY = 16
 """Steps from one growth of doubt to the next; it is not worth its microseconds in each."""
@@ -72,6 +79,8 @@ ROUGH = Trust(plain=0.3, plain_curve=0.3, draft=0.25, draft_curve=0.25, cycle=0.
 
 
 class StepBelief:
+    """Ask only after `settle`: learning is put off until a few steps of one kind have come together, or one of another kind comes."""
+
     def __init__(self, trust: Trust) -> None:
         self._first = _covariance(trust)
         self._covariance = self._first.copy()
@@ -79,7 +88,9 @@ class StepBelief:
         self.means: list[float] = self._mean.tolist()
         """Nodes of p, nodes of d, k."""
         self._recent = [0.0, 0.0]
-        self._num_steps = 0
+        self._num_steps_since_fade = 0
+        self._batch = self._gamma = 0
+        self._unsettled: _Steps | None = None
 
     def plain(self, batch: int) -> float:
         """p."""
@@ -96,39 +107,63 @@ class StepBelief:
         return self.means[_K]
 
     def restore(self, means: list[float]) -> None:
+        self._unsettled = None
         self.means = list(means)
         self._mean = np.array(means)
 
-    def learn(self, batch: int, draft_share: float | None, deviation: float, stair: float) -> tuple[float, bool]:
-        """Learn from one step. Returns its surprise, and whether steps of its kind take another time than they did: surprises of late
-        are all one way. Only the kind that runs is then in doubt, so that the controller turns to the other one, measures it, and knows:
-        a few steps, and it can never go on at a loss it does not see.
+    def turn_to(self, batch: int, gamma: int) -> None:
+        """The next step to learn from is of this kind, and is to be compared with what is believed after those of all others."""
+        if batch != self._batch or gamma != self._gamma:
+            self.settle()
+            self._batch, self._gamma = batch, gamma
+
+    def learn(self, draft_share: float, deviation: float, stair: float) -> tuple[float, bool]:
+        """Learn from one step of the kind turned to. Returns its surprise, and whether steps of its kind take another time than they did:
+        surprises of late are all one way. Only the kind that runs is then in doubt, so that the controller turns to the other one, measures
+        it, and knows: a few steps, and it can never go on at a loss it does not see.
 
         Args:
-            draft_share: of the cycle's seconds; None for a plain step.
+            draft_share: of a cycle's seconds.
             deviation: logarithm of measured over believed seconds.
             stair: the part of it that is known of this batch size alone. After a change it is not.
         """
-        self._num_steps += 1
-        if self._num_steps % FADE_EVERY == 0:
-            self._covariance += (self._first - self._covariance) * (FADE_EVERY / FADES_IN_STEPS)
-        x = _sensitivity(batch, draft_share)
-        along, variance = self._seen_along(x)
-        limit = OUTLIER_SIGMAS * math.sqrt(variance)
-        surprise = min(max(deviation - stair, -limit), limit)
-        is_cycle = draft_share is not None
+        steps = self._unsettled or self._begin(draft_share)
+        surprise = min(max(deviation - stair, -steps.limit), steps.limit)
+        is_cycle = self._gamma > 0
         recent = self._recent[is_cycle]
-        recent += (surprise - recent) * (1 - _RECENT_FADE)
+        recent += (surprise * (steps.known if is_cycle else 1.0) - recent) * (1 - _RECENT_FADE)
         has_changed = abs(recent) > LASTING_CHANGE
         self._recent[is_cycle] = 0.0 if has_changed else recent
         if has_changed:
+            deviation -= self.settle()
+            surprise = min(max(deviation, -steps.limit), steps.limit)
             self._doubt(is_cycle)
-            along, variance = self._seen_along(x)
-            surprise = min(max(deviation, -limit), limit)
-        self._mean += along * (surprise / variance)
+            steps = self._begin(draft_share)
+        steps.count += 1
+        steps.sum += surprise
+        if has_changed or steps.count == steps.at_once or abs(surprise) == steps.limit:
+            self.settle()
+        return surprise, has_changed
+
+    def _begin(self, draft_share: float) -> _Steps:
+        self._unsettled = steps = _Steps(self._covariance, _sensitivity(self._batch, draft_share if self._gamma else None))
+        return steps
+
+    def settle(self) -> float:
+        """Believe what was learned. Returns by how much the logarithm of the seconds of the steps turned to has moved."""
+        steps, self._unsettled = self._unsettled, None
+        if steps is None or not steps.count:
+            return 0.0
+        variance = steps.variance + STEP_SIGMA**2 / steps.count
+        along, by = steps.along, steps.sum / steps.count / variance
+        self._mean += along * by
         self._covariance -= along[:, None] * (along / variance)
         self.means = self._mean.tolist()
-        return surprise, has_changed
+        self._num_steps_since_fade += steps.count
+        if self._num_steps_since_fade >= FADE_EVERY:
+            self._covariance += (self._first - self._covariance) * (self._num_steps_since_fade / FADES_IN_STEPS)
+            self._num_steps_since_fade = 0
+        return steps.variance * by
 
     def _doubt(self, is_cycle: bool) -> None:
         direction = np.zeros(_K + 1)
@@ -138,16 +173,29 @@ class StepBelief:
             direction[:NUM_NODES], direction[_K] = CHANGE_SIGMA, -CHANGE_SIGMA
         self._covariance += np.outer(direction, direction)
 
-    def _seen_along(self, x: np.ndarray) -> tuple[np.ndarray, float]:
-        """What a step with these sensitivities says about everything, and the variance that its logarithm was expected with."""
-        along = self._covariance @ x
-        return along, float(x @ along) + STEP_SIGMA**2
-
     def ratio_variance(self, batch: int, draft_share: float) -> float:
         """Of the logarithm of a cycle over a plain step."""
         x = _sensitivity(batch, draft_share)
         x[:NUM_NODES] = 0.0
         return float(x @ self._covariance @ x)
+
+
+class _Steps:
+    """Of one kind, not learned from yet."""
+
+    __slots__ = ("along", "at_once", "count", "known", "limit", "sum", "variance")
+
+    def __init__(self, covariance: np.ndarray, x: np.ndarray) -> None:
+        self.along = covariance @ x
+        """What such a step says about everything."""
+        self.variance = float(x @ self.along)
+        """Of its logarithm as believed, its own scatter apart."""
+        self.limit = OUTLIER_SIGMAS * math.sqrt(self.variance + STEP_SIGMA**2)
+        self.known = STEP_SIGMA / math.sqrt(self.variance + STEP_SIGMA**2)
+        """How far a surprise is none of ignorance: where little was measured, little can have changed."""
+        self.at_once = STEPS_AT_ONCE if self.variance < LITTLE * STEP_SIGMA**2 else 1
+        self.count = 0
+        self.sum = 0.0
 
 
 def _sensitivity(batch: int, draft_share: float | None) -> np.ndarray:
@@ -161,6 +209,7 @@ def _sensitivity(batch: int, draft_share: float | None) -> np.ndarray:
     return x
 
 
+@functools.lru_cache(maxsize=1024)
 def _place(batch: int) -> tuple[int, float]:
     """Node of the curves at or below a batch size, and the share of the next one."""
     place = min(NODES_PER_OCTAVE * math.log2(batch), NUM_NODES - 1.0)

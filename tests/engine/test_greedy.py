@@ -7,23 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 from drafts_by_request import drafting
-from engines import SIZES, DraftsSince, call, generate, greedy, token_prompts
+from engines import DraftsSince, call, generate, greedy, token_prompts
+from greedy_reference import BF16_GAP, LAST_PROMPTS, NUM_LAST_TOKENS, excused_divergences
 
 NUM_PROMPTS = 64
 NUM_TOKENS = 96
-BF16_GAP = 0.05
-"""A divergence is excused only where plain vLLM's own two best tokens are this close: verifying gamma + 1 tokens at once sums bf16
-products in another order than decoding one."""
-
-
 PROMPTS = token_prompts(NUM_PROMPTS, 23)
-
-NUM_LAST_TOKENS = 40
-LAST_PROMPTS = [
-    {"prompt_token_ids": [4 + (31 * row + 7 * column) % 19 for column in range(SIZES["max_model_len"] - NUM_LAST_TOKENS)]}
-    for row in range(8)
-]
-"""Prompts that leave so many tokens of the context."""
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +25,6 @@ def reference(plain_warm):
 def last_reference(plain_warm):
     """The same for LAST_PROMPTS, up to the end of the context."""
     return [output.outputs[0] for output in plain_warm.generate(LAST_PROMPTS, greedy(NUM_LAST_TOKENS + 24, logprobs=2), use_tqdm=False)]
-
-
-def excused_divergences(reference, tokens) -> int:
-    """0 if equal, 1 if the first difference is a near tie in plain vLLM's logprobs; asserts otherwise."""
-    for position, (want, got) in enumerate(zip(reference.token_ids, tokens, strict=True)):
-        if want != got:
-            best, second = sorted((entry.logprob for entry in reference.logprobs[position].values()), reverse=True)[:2]
-            assert best - second < BF16_GAP, f"position {position}: {got} instead of {want}, gap {best - second:.3f}"
-            return 1
-    return 0
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 7])
