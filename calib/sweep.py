@@ -253,7 +253,7 @@ def measure(
                         num_lost += row.gamma > 0 and row.draft_step_s is None
                 spreads += [gamma_times.cycle_spread for gamma_times in times.by_gamma.values()]
                 finished += _weight(cell)
-    spread = statistics.median(spreads)
+    spread = statistics.median(spreads) if spreads else 0.0  # every point was there already
     if num_lost or spread > RESTLESS_SPREAD:
         lost = f", and {num_lost} draft steps were lost in the noise and left empty" if num_lost else ""
         console.print(

@@ -78,7 +78,7 @@ def checkpoint_step(upstream: dict[str, Any]) -> int:
     the newest checkpoint, OpenRLHF calls it global_stepN or best_global_stepN.
 
     Raises:
-        SelfSpecError: the checkpoint names no step.
+        SelfSpecError: the checkpoint names no step, or one that is not the step it holds.
     """
     latest = Path(upstream["ckpt.path"]) / "_actor" / "latest"
     if not upstream["ckpt.load_enable"] or not latest.exists():
@@ -86,4 +86,10 @@ def checkpoint_step(upstream: dict[str, Any]) -> int:
     match = re.fullmatch(r"(?:best_)?global_step(\d+)", latest.read_text().strip())
     if match is None:
         raise SelfSpecError(f"--ckpt.path: {latest} names no global_step; give the folder of an OpenRLHF run, or drop --ckpt.load_enable")
+    if match[0].startswith("best") and upstream["train.async_enable"]:
+        # It is named after the step that was evaluated, and the trainer has gone on meanwhile.
+        raise SelfSpecError(
+            f"--ckpt.load_enable: with --train.async_enable the checkpoint {match[0]} holds a later step than its name says, and the "
+            f"controller's state would be that of another; write a global_stepN of --ckpt.save_steps into {latest}"
+        )
     return int(match[1])

@@ -175,8 +175,9 @@ def check_upstream(parsed: argparse.Namespace) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             exec(check_args, {"args": copy.deepcopy(parsed), "os": os, "hierarchize": _hierarchize()})
-    except AssertionError as error:
-        raise SelfSpecError(f"OpenRLHF refuses these flags: {error}") from error
+    except (AssertionError, TypeError, ValueError, ArithmeticError, ImportError) as error:
+        reason = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+        raise SelfSpecError(f"OpenRLHF refuses these flags: {reason}") from error
 
 
 def _upstream_main() -> tuple[types.CodeType, types.CodeType]:

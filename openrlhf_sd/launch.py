@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"openrlhf-sd: warning: {printable(warning)}", file=sys.stderr)
     if run_dir is not None and vars(upstream)["logger.tensorboard_dir"] is None:
         # One word: the folder's name may begin with a dash.
-        upstream_argv.append(f"--logger.tensorboard_dir={Path(run_dir) / 'tensorboard'}")
+        upstream_argv.append(f"--logger.tensorboard_dir={Path(run_dir).resolve() / 'tensorboard'}")
         upstream = flags.parse_upstream(upstream_argv)
 
     # From here on torch is loaded, and soon the rest: say so before the silence.

@@ -67,6 +67,7 @@ def problems(
 def flag_problems(config: SelfSpecConfig | None, run_dir: str | None, upstream: argparse.Namespace) -> Problems:
     """Those of them that show in the flags alone, without a look at the model, the data or a folder."""
     flags = vars(upstream)
+    yield from _bounds(flags)
     if config is not None:
         yield from _self_spec(flags)
         yield from _audit(config, run_dir, flags)
@@ -98,6 +99,39 @@ def requests_at_once(flags: dict[str, Any]) -> int:
     return min(requests_per_engine(flags), VLLM_MAX_NUM_SEQS)
 
 
+LEAST = {
+    "vllm.num_engines": (1, "OpenRLHF generates with vLLM engines alone"),
+    "vllm.tensor_parallel_size": (1, "an engine runs on that many GPUs"),
+    "rollout.batch_size": (1, "prompts per rollout"),
+    "rollout.n_samples_per_prompt": (1, "responses per prompt"),
+    "rollout.micro_batch_size": (1, "responses that the trainer scores at once"),
+    "train.batch_size": (1, "responses per update"),
+    "train.micro_batch_size": (1, "responses that the trainer learns from at once"),
+    "actor.num_nodes": (1, "the policy has to be trained somewhere"),
+    "actor.num_gpus_per_node": (1, "the policy has to be trained somewhere"),
+    "logger.logging_steps": (1, "steps between two logged ones"),
+}
+"""Flag -> its least value, what it is. OpenRLHF finds a lower one out when Ray has started already, mostly by a division by zero."""
+
+NEVER = ("eval.steps", "ckpt.save_steps")
+"""Flags of which OpenRLHF takes a 0 for a divisor, after the first training step, and -1 for never."""
+
+
+def _bounds(flags: dict[str, Any]) -> Problems:
+    for name, (least, what) in LEAST.items():
+        if (flags[name] or 0) < least:
+            yield SelfSpecError(f"--{name}: {flags[name]} is too few ({what}); give at least {least}")
+    for name in NEVER:
+        if flags[name] == 0:
+            yield SelfSpecError(f"--{name}: OpenRLHF divides by it after the first step; give -1 for never")
+    longest_response = flags["rollout.max_new_tokens"]
+    if longest_response is not None and longest_response >= flags["data.max_len"]:
+        yield SelfSpecError(
+            f"--rollout.max_new_tokens: {longest_response} leaves no room for the prompt in --data.max_len "
+            f"{flags['data.max_len']}, which holds prompt and response; OpenRLHF would cut prompts silently; raise --data.max_len"
+        )
+
+
 def _self_spec(flags: dict[str, Any]) -> Problems:
     if flags["ds.lora.rank"] > 0:
         yield SelfSpecError(
@@ -121,8 +155,6 @@ def _self_spec(flags: dict[str, Any]) -> Problems:
         )
     if flags["use_ms"] and not Path(flags["actor.model_name_or_path"] or "").expanduser().is_dir():
         yield SelfSpecError("--use_ms: --self-spec must read the model before ModelScope can fetch it; download it and give its folder")
-    if not flags["vllm.num_engines"]:
-        yield SelfSpecError("--vllm.num_engines: --self-spec speculates inside vLLM engines; give at least 1")
 
 
 def _audit(config: SelfSpecConfig, run_dir: str | None, flags: dict[str, Any]) -> Problems:
@@ -183,6 +215,20 @@ def _colocation(flags: dict[str, Any]) -> Problems:
                 f"--train.colocate_all: puts the engines on the actor's GPUs, but the actor has {math.prod(actor_gpus)} (--actor.num_nodes "
                 f"x --actor.num_gpus_per_node) and the engines {engine_gpus} (--vllm.num_engines x --vllm.tensor_parallel_size); make them "
                 "equal"
+            )
+    critic_gpus, reward_gpus = ((flags[f"{role}.num_nodes"], flags[f"{role}.num_gpus_per_node"]) for role in ("critic", "reward"))
+    has_critic = flags["algo.advantage.estimator"] == "gae"
+    has_reward = bool(flags["reward.model_name_or_path"])
+    if flags["train.colocate_critic_reward"] and has_critic and has_reward and critic_gpus != reward_gpus:
+        yield SelfSpecError(
+            f"--reward.num_gpus_per_node: critic and reward model share GPUs, but have {critic_gpus[0]} x {critic_gpus[1]} and "
+            f"{reward_gpus[0]} x {reward_gpus[1]} (nodes x GPUs); give the reward model the critic's"
+        )
+    for role, is_there, gpus in (("critic", has_critic, critic_gpus), ("reward", has_reward, reward_gpus)):
+        if flags["train.colocate_all"] and is_there and math.prod(gpus) > math.prod(actor_gpus):
+            yield SelfSpecError(
+                f"--{role}.num_gpus_per_node: with --train.colocate_all the {role} lives on the actor's {math.prod(actor_gpus)} GPUs, but "
+                f"asks for {math.prod(gpus)} (--{role}.num_nodes x --{role}.num_gpus_per_node); give it the actor's"
             )
     colocates_ref = flags["train.colocate_all"] or flags["train.colocate_actor_ref"]
     if colocates_ref and flags["algo.kl.init_coef"] > 0 and actor_gpus != ref_gpus:
@@ -284,13 +330,15 @@ def _inputs(flags: dict[str, Any]) -> Problems:
         path = flags[name]
         if path is not None and path.endswith(".py") and not Path(path).is_file():
             yield SelfSpecError(f"--{name}: no file {path}")
-    datasets = flags["data.prompt_dataset"]
-    if datasets is None:
+    agent = flags["train.agent_func_path"]
+    if agent is not None and not agent.endswith(".py"):
+        yield SelfSpecError(f"--train.agent_func_path: {agent} is no .py file; give one with an AgentExecutor")
+    if flags["data.prompt_dataset"] is None:
         yield SelfSpecError("--data.prompt_dataset: missing; give a data set, for example prompts.jsonl")
-        return
-    for dataset in datasets.split(","):
-        if dataset.strip().endswith(DATA_SUFFIXES) and not Path(dataset.strip()).is_file():
-            yield SelfSpecError(f"--data.prompt_dataset: no file {dataset.strip()}")
+    for name in ("data.prompt_dataset", "eval.dataset"):
+        for dataset in filter(None, map(str.strip, (flags[name] or "").split(","))):
+            if dataset.endswith(DATA_SUFFIXES) and not Path(dataset).is_file():
+                yield SelfSpecError(f"--{name}: no file {dataset}")
 
 
 def _check_writable(run_dir: Path) -> None:

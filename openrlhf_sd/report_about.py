@@ -75,6 +75,7 @@ def _joined(names: Any) -> str | None:
 
 
 def _utc(unix_s: Any) -> str | None:
-    if not isinstance(unix_s, (int, float)):
+    try:
+        return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (TypeError, ValueError, OverflowError, OSError):  # a damaged record
         return None
-    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -61,7 +61,10 @@ def length_controlled(pairing: Pairing, common_steps: Sequence[Sequence[int]]) -
     Args:
         common_steps: for each pair of `pairing`, the global steps that all its runs logged and that count.
     """
-    rollouts = [(_rollouts(runs, steps), _rollouts(bases, steps)) for (runs, bases), steps in zip(pairing.pairs, common_steps)]
+    rollouts = []
+    for (runs, bases), steps in zip(pairing.pairs, common_steps):
+        recorded = [step for step in steps if all(step in run.rollouts for run in (*runs, *bases))]
+        rollouts.append((_rollouts(runs, recorded), _rollouts(bases, recorded)))
     if any(any(map(_timed, run)) and any(map(_timed, base)) for run, base in rollouts):
         return _by_timeline(rollouts)
     lacking = [
@@ -77,7 +80,7 @@ def length_controlled(pairing: Pairing, common_steps: Sequence[Sequence[int]]) -
 
 
 def _rollouts(runs: Iterable[RunRecords], steps: Sequence[int]) -> list[RolloutTotals]:
-    return [run.rollouts[step] for run in runs for step in steps if step in run.rollouts]
+    return [run.rollouts[step] for run in runs for step in steps]
 
 
 def _timed(totals: RolloutTotals) -> bool:

@@ -161,12 +161,13 @@ def versus_baseline(arm: Arm, pairing: Pairing, num_warmup_steps: int) -> Versus
     common = [common_steps([*runs, *bases], num_warmup_steps) for runs, bases in pairing.pairs]
 
     def speedup(seconds: Callable[[RunRecords], dict[int, float]]) -> Estimate:
-        return ratio_of_medians(
-            [
-                tuple(_at(map(seconds, side), steps) for side in sides)
-                for sides, steps in zip(pairing.pairs, common)
-            ]
-        )  # fmt: skip
+        pairs = []
+        for sides, steps in zip(pairing.pairs, common):
+            series = [list(map(seconds, side)) for side in sides]
+            # TensorBoard's events may end before the rows do, or the other way round: a step counts where every run has this number of it.
+            logged = [step for step in steps if all(step in by_step for side in series for by_step in side)]
+            pairs.append(tuple(_at(side, logged) for side in series))
+        return ratio_of_medians(pairs)
 
     rewards = []
     for runs, bases in pairing.pairs:
@@ -193,4 +194,4 @@ def common_steps(runs: Iterable[RunRecords], num_warmup_steps: int) -> list[int]
 
 def _at(series: Iterable[dict[int, float]], steps: list[int]) -> list[float]:
     """The values at `steps`, one series after the other."""
-    return [by_step[step] for by_step in series for step in steps if step in by_step]
+    return [by_step[step] for by_step in series for step in steps]

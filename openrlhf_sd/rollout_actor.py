@@ -11,6 +11,9 @@ from openrlhf_sd.plain_steps import PlainSteps
 from openrlhf_sd.rollout_record import RolloutRecord
 from openrlhf_sd.row_writer import RowWriter
 
+FAILURE = "failure"
+"""Key of an exception in the report of a rollout, which ends the run once the rollout has its row."""
+
 
 def plain_rollout_actor(upstream_actor: Any) -> Any:
     """Ray actor class: `upstream_actor`, a vanilla engine, plus one row in metrics.jsonl per rollout. Ray refuses to subclass an actor
@@ -90,19 +93,20 @@ def recording_class(base: type) -> type:
                 return
             record, self._record = self._record, self._record.next()
             report = await self._rollout_ended(record) or {}
+            failure = report.pop(FAILURE, None)  # once the row is written: it is the one that somebody will want to see
             rollout, self._rollout = self._rollout, self._rollout + 1
-            if record.num_responses == 0:
-                return
-            row = record.row(
-                rollout=rollout,
-                engine=self._engine,
-                time_unix_s=time.time(),
-                weight_sync_s=weight_sync_s,
-                counts=self._spec_decode_counts(record),
-                report=report,
-            )
-            if self._rows is not None:
+            if record.num_responses and self._rows is not None:
+                row = record.row(
+                    rollout=rollout,
+                    engine=self._engine,
+                    time_unix_s=time.time(),
+                    weight_sync_s=weight_sync_s,
+                    counts=self._spec_decode_counts(record),
+                    report=report,
+                )
                 print_news(self._rows.write(row))
+            if failure is not None:
+                raise failure
 
         async def _checkpoint_arrived(self) -> None:
             """The weights of a resumed run are there."""

@@ -6,8 +6,9 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from openrlhf_sd.audit import AuditError
 from openrlhf_sd.rescoring import Auditor
-from openrlhf_sd.rollout_actor import print_news, recording_class
+from openrlhf_sd.rollout_actor import FAILURE, print_news, recording_class
 from openrlhf_sd.rollout_record import ResponseCounts, RolloutRecord
 from openrlhf_sd.row_writer import RowWriter
 from openrlhf_sd.stop_strings import ending_at_stop_strings
@@ -81,7 +82,10 @@ def _self_spec_class(base: type) -> type:
             return report | await self._sync_report(global_step) | self._audit_report()
 
         def _audit_report(self) -> dict[str, Any]:
-            result = self._auditor and self._auditor.take_result()
+            try:
+                result = self._auditor and self._auditor.take_result()
+            except AuditError as failure:
+                return {"audit": None, FAILURE: failure}
             return {"audit": result and result.as_row()}
 
         async def sleep(self, level=1):

@@ -122,12 +122,12 @@ class CheckedEngine:
         self._check_state()
 
     def _step(self) -> None:
-        num_steps, is_off = self.runner.num_steps, self.has_collapsed
+        num_steps, is_off = self.runner.num_steps, self.has_collapsed or self.scheduler._has_scored()
         self.core.turn()
         if self.runner.num_steps == num_steps:
             return
         if is_off:
-            assert self.runner.last_gamma == 0, "drafts after a collapse"
+            assert self.runner.last_gamma == 0, "drafts after a collapse, or beside a request that asks for its prompt's logprobs"
         elif isinstance(self.scheduler.controller, ToldController):
             assert self.runner.last_gamma == self.scheduler.controller.last_gamma
 

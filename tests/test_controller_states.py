@@ -18,11 +18,11 @@ FLAGS = {"ckpt.save_steps": 2, "ckpt.load_enable": False, "eval.dataset": None, 
 
 
 def states_of(path, **changes):
-    return controller_states({**FLAGS, "ckpt.path": str(path), **changes}, "adaptive")
+    return controller_states({**FLAGS, "train.async_enable": False, "ckpt.path": str(path), **changes}, "adaptive")
 
 
 def checkpoint(path, tag: str):
-    (path / "_actor").mkdir(parents=True)
+    (path / "_actor").mkdir(parents=True, exist_ok=True)
     (path / "_actor" / "latest").write_text(tag)
 
 
@@ -46,8 +46,18 @@ def test_the_state_of_the_checkpoints_step_comes_back_the_later_of_two(tmp_path)
 def test_deepspeeds_latest_names_the_step(tmp_path, tag, step):
     checkpoint(tmp_path, tag)
     assert states_of(tmp_path, **{"ckpt.load_enable": True}).global_step == step
-    assert checkpoint_step({"ckpt.path": str(tmp_path), "ckpt.load_enable": True}) == step
-    assert checkpoint_step({"ckpt.path": str(tmp_path), "ckpt.load_enable": False}) == 0
+    upstream = {"ckpt.path": str(tmp_path), "train.async_enable": False}
+    assert checkpoint_step({**upstream, "ckpt.load_enable": True}) == step
+    assert checkpoint_step({**upstream, "ckpt.load_enable": False}) == 0
+
+
+def test_the_best_checkpoint_of_an_asynchronous_run_is_another_step_than_it_says(tmp_path):
+    upstream = {"ckpt.path": str(tmp_path), "train.async_enable": True, "ckpt.load_enable": True}
+    checkpoint(tmp_path, "global_step12")
+    assert checkpoint_step(upstream) == 12
+    checkpoint(tmp_path, "best_global_step3")
+    with pytest.raises(SelfSpecError, match="--ckpt.load_enable: with --train.async_enable the checkpoint best_global_step3 holds a later"):
+        checkpoint_step(upstream)
 
 
 def test_what_was_not_saved_is_none(tmp_path):

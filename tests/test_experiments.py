@@ -350,7 +350,10 @@ def test_the_quickstart_makes_its_own_model_and_prompts_but_not_those_of_others(
     prepared.clear()
     run_arm.main(["quickstart", "auto", "--data.prompt_dataset", "theirs.jsonl"])
     assert prepared == [["--warm-start", f"{home}/warm_start"]]
-    assert len(executed) == 2
+    prepared.clear()
+    run_arm.main(["quickstart", "auto", "--model-dir", "Qwen/Qwen2.5-0.5B", "--data-dir", "theirs"])
+    assert prepared == [], "the toy under another model's name"
+    assert len(executed) == 3
 
 
 # Comparing.

@@ -181,7 +181,7 @@ def test_a_run_folder_may_begin_with_a_dash(monkeypatch, tmp_path):
     trained = []
     monkeypatch.setattr(launch, "train", lambda *args: trained.append(vars(args[4])))
     assert launch.main(["--self-spec.run_dir", "-r", *flags.split()]) == 0
-    assert trained[0]["logger.tensorboard_dir"] == "-r/tensorboard"
+    assert trained[0]["logger.tensorboard_dir"] == str(tmp_path / "-r" / "tensorboard")
     assert (tmp_path / "-r" / "provenance.json").exists()
 
 

@@ -70,7 +70,35 @@ SPOILED = {
         "--data.max_images_per_prompt: does not work with --self-spec",
     ),
     "engines of another dtype than the trainer": ({"--ds.param_dtype": "fp16"}, "--ds.param_dtype: OpenRLHF's vLLM engines are bf16"),
-    "no engines": ({"--self-spec": "fixed", "--vllm.num_engines": "0"}, "--vllm.num_engines: --self-spec speculates inside vLLM engines"),
+    "no engines": (
+        {"--self-spec": "fixed", "--vllm.num_engines": "0"},
+        "--vllm.num_engines: 0 is too few (OpenRLHF generates with vLLM engines alone)",
+    ),
+    "vanilla without engines": ({"--vllm.num_engines": "0"}, "--vllm.num_engines: 0 is too few"),
+    "evaluating every 0 steps": ({"--eval.steps": "0"}, "--eval.steps: OpenRLHF divides by it after the first step; give -1 for never"),
+    "saving every 0 steps": ({"--ckpt.save_steps": "0"}, "--ckpt.save_steps: OpenRLHF divides by it"),
+    "logging every 0 steps": ({"--logger.logging_steps": "0"}, "--logger.logging_steps: 0 is too few"),
+    "micro batches of nothing": ({"--rollout.micro_batch_size": "0"}, "--rollout.micro_batch_size: 0 is too few"),
+    "no room for prompts": (
+        {"--data.max_len": "256", "--rollout.max_new_tokens": "256"},
+        "--rollout.max_new_tokens: 256 leaves no room for the prompt in --data.max_len 256",
+    ),
+    "missing prompts to evaluate": ({"--eval.dataset": "/no/such/test.jsonl", "--eval.steps": "5"}, "--eval.dataset: no file"),
+    "agent that is no Python file": ({"--train.agent_func_path": "my.agent"}, "--train.agent_func_path: my.agent is no .py file"),
+    "critic on more GPUs than the actor's": (
+        {
+            **{"--train.colocate_all": None, "--algo.advantage.estimator": "gae"},
+            **{"--actor.num_gpus_per_node": "1", "--ref.num_gpus_per_node": "1"},
+        },
+        "--critic.num_gpus_per_node: with --train.colocate_all the critic lives on the actor's 1 GPUs, but asks for 8",
+    ),
+    "critic and reward model apart": (
+        {
+            **{"--train.colocate_critic_reward": None, "--algo.advantage.estimator": "gae"},
+            **{"--reward.model_name_or_path": "some/reward", "--critic.num_gpus_per_node": "2", "--reward.num_gpus_per_node": "4"},
+        },
+        "--reward.num_gpus_per_node: critic and reward model share GPUs, but have 1 x 2 and 1 x 4",
+    ),
     "cached prompts of two policies": (
         {
             **{"--self-spec": "fixed", "--vllm.enable_prefix_caching": None},

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -37,6 +38,18 @@ def two_runs(tmp_path):
             rewards=[reward + 0.5 for reward in rewards],
         ),
     )
+
+
+def test_runs_of_equal_seconds_are_equally_fast_wherever_their_events_end(tmp_path):
+    """TensorBoard keeps up to two minutes to itself: a run that was killed, or goes on, has more rows than events. Steps get longer
+    here, so medians over different steps would differ."""
+    seconds = [float(4 + step) for step in range(12)]
+    whole, cut = make_run(tmp_path / "a", seconds), make_run(tmp_path / "b", seconds, arm="fixed", self_spec=FIXED)
+    shutil.rmtree(cut / "tensorboard")
+    write_events(cut, [{"timing/generation": value, "timing/make_experience": 1.0} for value in seconds[:6]])
+    (cut_rows := (cut / "metrics.jsonl")).write_text("".join(cut_rows.read_text().splitlines(keepends=True)[2:]))
+    (versus,) = compare(group_arms([load_run(folder) for folder in (whole, cut)]), baseline=0, num_warmup_steps=1).versus
+    assert (versus.rollout_speedup.value, versus.per_token_speedup.value) == (1.0, 1.0)
 
 
 def test_summary_numbers_worked_out_by_hand(two_runs):

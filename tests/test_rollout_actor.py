@@ -10,6 +10,10 @@ import asyncio
 import json
 from types import SimpleNamespace
 
+import pytest
+
+from openrlhf_sd import stop_strings
+from openrlhf_sd.audit import AuditError
 from openrlhf_sd.metrics import read_rows
 from openrlhf_sd.rollout_actor import recording_class
 from openrlhf_sd.rollout_pool import RolloutPool
@@ -93,6 +97,29 @@ def speculating(folder, pool: RolloutPool, resumed_step: int, fingerprints: list
         return actor
 
     return start()
+
+
+def test_a_rollout_that_fails_its_audit_has_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(stop_strings, "cut_at_stop_string", lambda *args: None)
+
+    class Failing:
+        has_responses = False
+
+        def take_result(self):
+            raise AuditError("evidence is in ...")
+
+    async def run():
+        actor = await speculating(tmp_path, RolloutPool(1), 0, ["step 1"])
+        actor.llm.get_tokenizer = lambda: None
+        for _ in range(2):
+            await actor.generate([1, 2], None)
+        actor._auditor = Failing()
+        await rollouts(actor, 0)
+
+    with pytest.raises(AuditError):
+        asyncio.run(run())
+    [row], _ = read_rows(tmp_path / "metrics.jsonl")
+    assert (row["rollout"], row["num_responses"], row["audit"]) == (0, 2, None)
 
 
 def test_engines_that_get_different_weights_of_a_checkpoint_stop_the_run(tmp_path):

@@ -57,6 +57,25 @@ def test_an_evaluation_leaves_the_acceptance_of_the_running_rollout_alone():
 
 
 @both
+def test_nothing_is_drafted_beside_a_request_that_asks_for_its_prompts_logprobs(is_async):
+    engine = engine_of(is_async)
+    engine.end_rollout()
+    engine.add([11, 12, 13], max_tokens=30)
+    for _ in range(4):
+        engine.turn()
+    engine.scheduler._scored_ids.add("request 1")
+    engine.add([21, 22, 23], max_tokens=6)
+    num_before = len(engine.steps)
+    while "request 1" in engine.scheduler.requests:
+        engine.turn()
+    during = [step.gamma_drafted for step in engine.steps[num_before + 1 :]]
+    assert during and set(during) == {0}
+    engine.finish()
+    assert engine.steps[-2].gamma_drafted > 0, "drafts again"
+    assert engine.answers == engine.right_answers
+
+
+@both
 def test_a_request_passed_over_for_want_of_token_budget_decodes_without_its_old_drafts(is_async):
     engine = engine_of(is_async, max_num_batched_tokens=9)
     for _ in range(3):

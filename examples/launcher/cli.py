@@ -53,9 +53,9 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def report_checked(prog: str, experiment: Experiment, flags: Flags, overrides: Flags) -> None:
+def report_checked(prog: str, experiment: Experiment, flags: Flags, named: set[str]) -> None:
     """What a dry run has found, on stderr: its stdout is the commands and nothing else."""
     print(f"{prog}: OpenRLHF's own parser and checks accept this", file=sys.stderr)
     for name, sentence in missing_inputs(experiment, flags).items():
-        mend = "not here yet, made before the run" if name in made_here(experiment, overrides) else sentence
+        mend = "not here yet, made before the run" if name in made_here(experiment, named) else sentence
         print(f"{prog}: {name}: {mend}", file=sys.stderr)

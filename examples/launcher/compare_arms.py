@@ -20,7 +20,7 @@ from checks import check_flags, check_machine
 from cli import Parser, exit_code, report_checked
 from command import Flags, arm_flags, parse_flags, shown
 from experiment import ARMS, MODELS, Experiment, check_choice, load
-from inputs import make_inputs
+from inputs import make_inputs, named_by_user
 
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.flags import PREFIX, RUN_DIR_FLAG
@@ -61,14 +61,15 @@ def run(argv: Sequence[str] | None) -> int:
         planned_run(experiment, arm, seed, out / f"{arm}-seed{seed}", overrides, args.model_dir, args.data_dir, args.steps)
         for arm, seed in in_turns(parse_arms(args.arms), parse_seeds(args.seeds))
     ]
+    named = named_by_user(overrides, args.model_dir, args.data_dir)
     if args.dry_run:
         for each in runs:
             print(f"# {each.name}\n{shown(each.flags, experiment.environment)}\n", flush=True)
-        report_checked(PROG, experiment, runs[0].flags, overrides)
+        report_checked(PROG, experiment, runs[0].flags, named)
         return 0
     check_machine(experiment)
     stages.set_environment(experiment)
-    make_inputs(experiment, runs[0].flags, overrides)
+    make_inputs(experiment, runs[0].flags, named)
     run_all(runs)
     stages.run_stage("comparison", compare_command(runs, out))
     return 0

@@ -30,12 +30,17 @@ def missing_inputs(experiment: Experiment, flags: Flags) -> dict[str, str]:
     return missing
 
 
-def made_here(experiment: Experiment, overrides: Flags) -> set[str]:
-    """The flags whose folder or file the launcher makes: the quickstart's own model and prompts."""
-    return {MODEL_FLAG, PROMPTS_FLAG} - set(overrides) if experiment.name == "quickstart" else set()
+def named_by_user(overrides: Flags, model_dir: str | None, data_dir: str | None) -> set[str]:
+    """The flags whose values are the user's own."""
+    return set(overrides) | ({MODEL_FLAG} if model_dir else set()) | ({PROMPTS_FLAG} if data_dir else set())
 
 
-def make_inputs(experiment: Experiment, flags: Flags, overrides: Flags) -> None:
+def made_here(experiment: Experiment, named: set[str]) -> set[str]:
+    """The flags whose folder or file the launcher makes: the quickstart's own model and prompts, never in a place that the user `named`."""
+    return {MODEL_FLAG, PROMPTS_FLAG} - named if experiment.name == "quickstart" else set()
+
+
+def make_inputs(experiment: Experiment, flags: Flags, named: set[str]) -> None:
     """Make what is missing and ours to make.
 
     Raises:
@@ -43,7 +48,7 @@ def make_inputs(experiment: Experiment, flags: Flags, overrides: Flags) -> None:
         SelfSpecError: something else is missing.
     """
     wanted: list[str] = []
-    for name in sorted(made_here(experiment, overrides)):
+    for name in sorted(made_here(experiment, named)):
         [path] = flags[name]
         if name == MODEL_FLAG:
             wanted += ["--warm-start", path]

@@ -18,7 +18,7 @@ from checks import check_flags, check_machine
 from cli import Parser, exit_code, report_checked
 from command import arm_flags, parse_flags, shown, to_argv
 from experiment import ARMS, MODELS, load
-from inputs import make_inputs
+from inputs import make_inputs, named_by_user
 
 PROG = "run.sh"
 
@@ -37,14 +37,15 @@ def run(argv: Sequence[str] | None) -> int:
     experiment, overrides = load(args.model), parse_flags(override_tokens)
     run_dir = Path("runs", args.model, args.arm)
     flags = arm_flags(experiment, args.arm, run_dir, args.model_dir, args.data_dir, args.steps, overrides)
+    named = named_by_user(overrides, args.model_dir, args.data_dir)
     check_flags(experiment, flags)
     if args.dry_run:
         print(shown(flags, experiment.environment), flush=True)
-        report_checked(PROG, experiment, flags, overrides)
+        report_checked(PROG, experiment, flags, named)
         return 0
     check_machine(experiment)
     stages.set_environment(experiment)
-    make_inputs(experiment, flags, overrides)
+    make_inputs(experiment, flags, named)
     sys.stdout.flush()
     os.execv(sys.executable, [*stages.LAUNCH, *to_argv(flags)])
 

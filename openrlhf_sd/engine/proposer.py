@@ -51,8 +51,21 @@ class SelfDraftProposer(DraftModelProposer):
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
         self.model.model.norm = target_model.model.norm
+        self.take_over_attention_scales()
         self.weights = DrafterWeights(self.model, self.draft_model_config, self._quant, self._group_size)
         self.quantize_checkpoint(target_model)
+
+    @torch.no_grad()
+    def take_over_attention_scales(self) -> None:
+        """The policy's scales of queries, keys, values and probabilities: the keys and values are the policy's. What a drafter without a
+        file is given is random, and backends differ in when they look (FlashInfer always, FlashAttention with an fp8 cache)."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name in self._draft_attn_layer_names:
+            draft, policy = layers[name], layers[name.removeprefix(_DRAFT_PREFIX)]
+            for scale in ("_q_scale", "_k_scale", "_v_scale", "_prob_scale"):
+                getattr(draft, scale).copy_(getattr(policy, scale))
+                setattr(draft, f"{scale}_float", getattr(policy, f"{scale}_float"))
+            draft._k_scale_cpu, draft._v_scale_cpu = policy._k_scale_cpu, policy._v_scale_cpu
 
     def quantize_checkpoint(self, target_model: torch.nn.Module) -> None:
         """Fill the drafter from the policy's files, the way a weight broadcast would."""

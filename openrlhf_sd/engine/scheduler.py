@@ -55,6 +55,7 @@ class SelfSpecScheduler(PlatformScheduler):
         self._drafts = StepDrafts(self.num_spec_tokens)
         self._newest_gamma = 0
         self._last_output_s: float | None = None
+        self._scored_ids: set[str] = set()
         self._start_rollout()
 
     def make_controller(self, config: SelfSpecConfig) -> Controller:
@@ -70,6 +71,8 @@ class SelfSpecScheduler(PlatformScheduler):
         """Without anyone to mark rollouts (a plain vLLM user), one ends where the engine has run empty."""
         if not self._has_rollout_marks and not self.requests:
             self._end_rollout(self._acceptance)
+        if request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None:
+            self._scored_ids.add(request.request_id)
         super().add_request(request)
 
     def end_rollout(self, acceptance: RolloutAcceptance, drafter_error: float) -> dict[str, Any]:
@@ -113,13 +116,20 @@ class SelfSpecScheduler(PlatformScheduler):
             mean_context=sum(contexts) / num_decodes if num_decodes else 0.0,
             num_prefills=len(self.running) - num_decodes + len(self.waiting),
         )
-        gamma = self.controller.next_gamma(self._observation) if self._watch.cause is None else 0
+        gamma = self.controller.next_gamma(self._observation) if self._watch.cause is None and not self._has_scored() else 0
         self.dynamic_sd_lookup = self._lookups[gamma]
         self._drop_old_drafts()
         scheduled = super().schedule(throttle_prefills)
         if scheduled.num_scheduled_tokens:
             self._newest_gamma = scheduled.num_spec_tokens_to_schedule
         return scheduled
+
+    def _has_scored(self) -> bool:
+        """Whether a request asks for its prompt's logprobs. Upstream computes them after drafting, from hidden states in the memory that
+        all CUDA graphs share: the drafter's would overwrite them (vLLM issue 53488)."""
+        if self._scored_ids:
+            self._scored_ids &= self.requests.keys()
+        return bool(self._scored_ids)
 
     def _drop_old_drafts(self) -> None:
         """Of requests that the step before passed over: no token budget was left, or the context's end was in reach.

@@ -38,9 +38,7 @@ class _SelfSpecWorking:
             raise RuntimeError("self-speculation: needs vLLM's V1 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
         runner = self.model_runner
         runner.drafter = SelfDraftProposer(self.vllm_config, runner.device, runner, quant=config.quant, group_size=config.group_size)
-        # Upstream stops drafting num_speculative_tokens tokens before the context ends and schedules zeros as drafts from there on. Our
-        # drafter needs no such margin: positions past the end get a padding slot and the scheduler trims the drafts.
-        runner.effective_drafter_max_model_len = runner.max_model_len + config.num_speculative_tokens + 1
+        self._self_spec_end_drafts_with_the_context()
         profile_longest_drafts(runner, config.num_speculative_tokens)
 
         if not runner.use_async_scheduling:
@@ -53,6 +51,18 @@ class _SelfSpecWorking:
         self._self_spec_fingerprint: str | None = None
         self._self_spec_drafter_error = self._self_spec_probe()
         self._self_spec_follow(self.model_runner.get_model())
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        """vLLM has found out how much context fits (`max_model_len=-1`); where drafts end moves with it."""
+        super().update_max_model_len(max_model_len)
+        self._self_spec_end_drafts_with_the_context()
+
+    def _self_spec_end_drafts_with_the_context(self) -> None:
+        """Upstream stops drafting num_speculative_tokens tokens before the context ends and schedules zeros as drafts from there on. Our
+        drafter needs no such margin: positions past the end get a padding slot and the scheduler trims the drafts."""
+        runner = self.model_runner
+        runner.drafter.max_model_len = runner.max_model_len
+        runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens + 1
 
     def get_kv_cache_spec(self):
         with self.model_runner.drafter.named_as_kv_sharers():
@@ -93,6 +103,7 @@ class _SelfSpecWorking:
                 "diverged; lower --actor.adam.lr or go back to a checkpoint"
             )
         sources, checksums = self.self_spec_drafter.finish(), received.checksums()
+        self.model_runner.drafter.take_over_attention_scales()  # sleep(level=2) has thrown them away with the weights
         stale = [name for name in checksums if is_decoder_weight(name) and sources.get(name) != checksums[name]]
         if stale:
             raise StaleDrafterError(
@@ -125,6 +136,9 @@ class _SelfSpecWorking:
     def self_spec_score_at(self, temperature: float) -> None:
         """Prompt logprobs are from now on those of `temperature`, where vLLM's own are those of 1 (an RPC for the audit)."""
         sampler = self.model_runner.sampler
+        if temperature == 1:  # upstream's own, which copies no logits
+            sampler.__dict__.pop("compute_logprobs", None)
+            return
         sampler.compute_logprobs = lambda logits: Sampler.compute_logprobs(logits / temperature)
 
     def self_spec_requantize_checkpoint(self) -> float:

@@ -20,7 +20,8 @@ from openrlhf_sd.metrics import read_rows
 
 pytestmark = pytest.mark.slow
 
-ENDS_WITHIN_S = 120
+ENDS_WITHIN_S = 300
+"""On one core a training takes two and a half minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ class Run:
     def named(self, title: str) -> list[psutil.Process]:
         return [process for process, line in self.command_lines().items() if title in line]
 
-    def wait_until(self, happens: Callable[[], object], what: str, within_s: float = 180) -> None:
+    def wait_until(self, happens: Callable[[], object], what: str, within_s: float = 400) -> None:
         deadline = time.monotonic() + within_s
         while not happens():
             assert self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE, self.output()[-4000:]
@@ -120,6 +121,9 @@ def test_ctrl_c_ends_everything(stage, warm_policy, data, tmp_path):
         assert run.survivors() == []
         assert "openrlhf-sd: interrupted" in run.output().splitlines()[-1]
         assert status(run.run_dir) == "failed"
+    deadline = time.monotonic() + 30
+    while unused_shared_memory() - before and time.monotonic() < deadline:
+        time.sleep(0.2)  # another test's process may be about to map or remove its own
     assert not unused_shared_memory() - before
     assert run.ray_folders and not any(Path(folder).exists() for folder in run.ray_folders)
 

@@ -140,13 +140,13 @@ def test_adaptive_trains_alike_and_keeps_its_calibration(measured, runs, adaptiv
 
 
 @pytest.mark.slow
-def test_a_recorded_run_is_replayed(measured, adaptive, capsys):
+def test_a_recorded_run_is_replayed(measured, runs, warm_calibration, capsys):
     """How well depends on what else the machine does: printed, not promised."""
-    trace, calibration = str(adaptive / "metrics.jsonl"), str(adaptive / "calibration.json")
-    assert simulator.main(["--trace", trace, "--calibration", calibration, "--json"]) == 0
+    trace = str(runs["fixed"] / "metrics.jsonl")
+    assert simulator.main(["--trace", trace, "--calibration", str(warm_calibration), "--json"]) == 0
     [replay] = json.loads(capsys.readouterr().out)["replay"].values()
     assert [row["rollout"] for row in replay["rollouts"]] == list(range(STEPS))
-    measured(f"replay of adaptive, predicted against measured engine steps: {replay['overall_engine_error']:+.0%}")
+    measured(f"replay of fixed, predicted against measured engine steps: {replay['overall_engine_error']:+.0%}")
 
 
 @pytest.mark.slow

@@ -47,7 +47,9 @@ def test_two_broadcasts_and_one_of_no_numbers(measured, tied, quant, tied_policy
 
 
 def assert_drafter_is_rounded(llm, model, quant: str) -> None:
-    """Every quantized linear of the drafter, read back through its own kernel, is round-to-nearest of the trainer's weight."""
+    """Every quantized linear of the drafter, read back through its own kernel, is round-to-nearest of the trainer's weight; and its attention
+    scales nothing."""
+    assert call(llm, attention_scales) == {1.0}
     weights = dict(model.named_parameters())
     for layer in (0, len(model.model.layers) - 1):
         prefix = f"model.layers.{layer}."
@@ -81,6 +83,14 @@ def rounded(weight: torch.Tensor, quant: str) -> torch.Tensor:
         args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
         scale, zero = calculate_qparams(weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True), args)
     return dequantize(quantize(weight, scale, zero, args), scale, zero, args, dtype=torch.float32)
+
+
+def attention_scales(worker) -> set[float]:
+    context = worker.vllm_config.compilation_config.static_forward_context
+    layers = [context[name] for name in worker.model_runner.drafter._draft_attn_layer_names]
+    assert len(layers) == 4
+    tensors = [getattr(layer, f"_{kind}_scale") for layer in layers for kind in "qkv"]
+    return {tensor.item() for tensor in tensors} | {getattr(layer, f"_{kind}_scale_float") for layer in layers for kind in "qkv"}
 
 
 def _drafter_linear(worker, layer: int, name: str):
