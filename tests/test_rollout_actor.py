@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from openrlhf_sd import stop_strings
 from openrlhf_sd.audit import AuditError
 from openrlhf_sd.metrics import read_rows
 from openrlhf_sd.rollout_actor import recording_class
@@ -99,9 +98,7 @@ def speculating(folder, pool: RolloutPool, resumed_step: int, fingerprints: list
     return start()
 
 
-def test_a_rollout_that_fails_its_audit_has_its_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(stop_strings, "cut_at_stop_string", lambda *args: None)
-
+def test_a_rollout_that_fails_its_audit_has_its_row(tmp_path):
     class Failing:
         has_responses = False
 
@@ -110,9 +107,8 @@ def test_a_rollout_that_fails_its_audit_has_its_row(tmp_path, monkeypatch):
 
     async def run():
         actor = await speculating(tmp_path, RolloutPool(1), 0, ["step 1"])
-        actor.llm.get_tokenizer = lambda: None
         for _ in range(2):
-            await actor.generate([1, 2], None)
+            actor._record.request_answered(2, 2)
         actor._auditor = Failing()
         await rollouts(actor, 0)
 

@@ -47,7 +47,7 @@ def test_two_broadcasts_and_one_of_no_numbers(measured, tied, quant, tied_policy
 
 
 def assert_drafter_is_rounded(llm, model, quant: str) -> None:
-    """Every quantized linear of the drafter, read back through its own kernel, is round-to-nearest of the trainer's weight; and its attention
+    """Every quantized linear of the drafter, read back through its own kernel, is round-to-nearest of the trainer's weight; its attention
     scales nothing."""
     assert call(llm, attention_scales) == {1.0}
     weights = dict(model.named_parameters())
