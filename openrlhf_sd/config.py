@@ -30,7 +30,7 @@ MAX_GAMMA = 16
 """The paper sweeps to 15. vLLM's rejection sampler allows 128, but each unit costs draft slots for every request."""
 
 DEFAULT_QUANT = "w4"
-"""CPU: by measurement (README, section "Speed on a CPU"). CUDA: the paper's scheme; not measured by us yet."""
+"""CPU: by measurement (docs/measurements.md, "Speed of the engine alone"). CUDA: the paper's scheme; not measured by us yet."""
 
 GROUP_SIZES = (128, 64, 32)
 """Of w4, largest first; what the kernels have in common: Marlin on CUDA, PyTorch's int4 kernel on CPU."""

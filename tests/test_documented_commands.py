@@ -62,6 +62,7 @@ ELSEWHERE = {
     "bash examples/quickstart.sh": QUICKSTART,
     "bash examples/compare.sh quickstart": COMPARISON,
     "bash examples/compare.sh quickstart --arms vanilla,auto --seeds 1,2,3 --steps 8 --out runs/three-seeds": COMPARISON,
+    "bash examples/setup.sh --dry-run": "tests/test_setup.py::test_dry_run_says_what_it_picked_and_touches_nothing",
     "bash tests/run.sh": "tests/test_run_script.py::test_without_flags_it_runs_what_is_neither_slow_nor_for_gpus",
     "bash tests/run.sh --all": "tests/test_run_script.py::test_all_is_what_this_machine_can_run",
     "openrlhf-sd --self-spec --self-spec.run_dir runs/a <all your flags of openrlhf.cli.train_ppo_ray>": TRAINING,
@@ -277,9 +278,9 @@ def test_help(done):
     assert ours < done.stdout.index("--actor.model_name_or_path")
 
 
-@runs("python -m data_prep.simplerl_zoo --level hard --model qwen --out data/hard-qwen --source ZOO_DIR --tokenizer MODEL_DIR")
+@runs("python -m data_prep.simplerl_zoo --level hard --model qwen --out data/simplerl-hard-qwen --source ZOO_DIR --tokenizer MODEL_DIR")
 def test_data_from_a_folder(done):
-    folder = done.made("data") / "hard-qwen"
+    folder = done.made("data") / "simplerl-hard-qwen"
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert [row["label"] for row in rows] == [answer for _, answer in PROBLEMS]
     assert {path.name for path in folder.iterdir()} == {"train.jsonl", "test.jsonl", "manifest.json"}
