@@ -84,14 +84,13 @@ def recording_class(base: type) -> type:
                 self._sync_started_s = time.perf_counter()
 
         async def _sync_ended(self) -> None:
-            weight_sync_s = time.perf_counter() - self._sync_started_s
-            self._sync_started_s = None
+            began_s, ended_s, self._sync_started_s = self._sync_started_s, time.perf_counter(), None
             if self._awaits_checkpoint:
                 # OpenRLHF broadcasts the checkpoint's weights before the first rollout; that sync ends no training step.
                 self._awaits_checkpoint = False
                 await self._checkpoint_arrived()
                 return
-            record, self._record = self._record, self._record.next()
+            record, self._record = self._record, self._record.next(began_s, ended_s)
             report = await self._rollout_ended(record) or {}
             failure = report.pop(FAILURE, None)  # once the row is written: it is the one that somebody will want to see
             rollout, self._rollout = self._rollout, self._rollout + 1
@@ -100,7 +99,7 @@ def recording_class(base: type) -> type:
                     rollout=rollout,
                     engine=self._engine,
                     time_unix_s=time.time(),
-                    weight_sync_s=weight_sync_s,
+                    weight_sync_s=ended_s - began_s,
                     counts=self._spec_decode_counts(record),
                     report=report,
                 )

@@ -51,11 +51,14 @@ class RolloutRecord:
     def response_logged(self, logs: dict[str, float]) -> None:
         self._response_logs.append(logs)
 
-    def next(self) -> RolloutRecord:
-        """The record of the rollout after this one. Requests in flight across the boundary (partial rollouts) move over."""
+    def next(self, ended_s: float, begins_s: float) -> RolloutRecord:
+        """The record of the rollout after this one. Requests in flight across the boundary (partial rollouts) move over: they kept the
+        engine busy until the sync began, and do again from its end on."""
+        if self._num_in_flight:
+            self._busy_s += max(0.0, ended_s - self._busy_since_s)
         following = RolloutRecord(acceptance_before=self.counts if self.counts.num_drafts else self.acceptance_before)
         following._num_in_flight = self._num_in_flight
-        following._busy_since_s = self._busy_since_s
+        following._busy_since_s = begins_s
         return following
 
     def row(

@@ -54,11 +54,12 @@ def test_not_measured_is_null():
 
 
 def test_requests_in_flight_move_into_the_next_rollout():
+    """Each rollout has its own share of their seconds, and neither the pause between them."""
     record = RolloutRecord()
     record.request_started(1.0)
-    following = record.next()
-    following.request_ended(3.0)
-    assert row(following)["timing/rollout_s"] == 2.0
+    following = record.next(5.0, 7.0)
+    following.request_ended(10.0)
+    assert (row(record)["timing/rollout_s"], row(following)["timing/rollout_s"]) == (4.0, 3.0)
 
 
 def test_response_without_drafts_counts_as_the_pooled_rate():
@@ -67,7 +68,7 @@ def test_response_without_drafts_counts_as_the_pooled_rate():
     assert math.isnan(nothing.logs(record)["rollout/sd/acceptance_rate"])  # nothing drafted yet: a gap, not a number
     record.step(verified(num_drafts=2, gamma=4, accepted=3))
     assert nothing.logs(record)["rollout/sd/acceptance_rate"] == 0.75
-    assert nothing.logs(record.next())["rollout/sd/acceptance_rate"] == 0.75  # the rollout before, until this one drafts
+    assert nothing.logs(record.next(1.0, 2.0))["rollout/sd/acceptance_rate"] == 0.75  # the rollout before, until this one drafts
 
     # 3 verify steps: one accepted 0, two accepted 2 of 3 drafted each
     own = ResponseCounts()
