@@ -120,7 +120,8 @@ NEVER = ("eval.steps", "ckpt.save_steps")
 def _bounds(flags: dict[str, Any]) -> Problems:
     for name, (least, what) in LEAST.items():
         if (flags[name] or 0) < least:
-            yield SelfSpecError(f"--{name}: {flags[name]} is too few ({what}); give at least {least}")
+            found = "missing" if flags[name] is None else f"{flags[name]} is too few"
+            yield SelfSpecError(f"--{name}: {found} ({what}); give at least {least}")
     for name in NEVER:
         if flags[name] == 0:
             yield SelfSpecError(f"--{name}: OpenRLHF divides by it after the first step; give -1 for never")
