@@ -28,6 +28,8 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._create_draft_vllm_config", "quantization and dummy loading"),
     ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._maybe_share_embeddings", "shared with the policy"),
     ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._maybe_share_lm_head", "shared with the policy"),
+    ("vllm.v1.worker.gpu_worker", "Worker.update_max_model_len", "drafts end with the context"),
+    ("vllm.model_executor.layers.attention.attention", "set_default_quant_scales", "names the scales that a drafter takes over"),
     ("vllm.v1.worker.gpu_worker", "Worker.get_kv_cache_spec", "KV sharing is declared while the layout is made"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.propose_draft_token_ids", "skipped with gamma 0"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._dummy_sampler_run", "profiles memory with the longest drafts"),
