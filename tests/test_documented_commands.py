@@ -39,6 +39,7 @@ import run_arm  # noqa: E402
 
 COMMANDS = documented_commands()
 
+AUTOMATIC = "tests/test_automatic.py::test_the_command_prints_the_path_and_nothing_else_on_stdout"
 QUICKSTART = "tests/engine/test_quickstart.py::test_quickstart"
 COMPARISON = "tests/engine/test_quickstart.py::test_comparison_of_the_quickstart"
 TRAINING = "tests/engine/test_grpo_end_to_end.py::test_every_rollout_has_its_row"
@@ -73,7 +74,7 @@ ELSEWHERE = {
     "python -m openrlhf_sd.bench": "tests/engine/test_bench.py::test_bench_compares_with_plain_vllm",
     "python -m openrlhf_sd.simulator": "tests/test_simulator.py::test_a_calibration_alone_is_the_truth_that_all_policies_know",
     "python -m openrlhf_sd.simulator --trace quickstart_out/auto/metrics.jsonl --calibration quickstart_out/auto/calibration.json": REPLAY,
-    "python -m calib.automatic --model DIR --logprobs 1": "tests/test_automatic.py::test_the_command_prints_the_path_and_nothing_else_on_stdout",
+    "python -m calib.automatic --model DIR --logprobs 1": AUTOMATIC,
     "python -m calib.simulate_grid": "tests/test_documented_commands.py::test_simulate_grid",
     "python -m pytest tests/test_math_reward.py": MATH_REWARD,
     TO_SAFETENSORS: "tests/test_security.py::test_the_documented_conversion_keeps_weights_and_runs_no_code",
