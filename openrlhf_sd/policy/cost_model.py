@@ -25,8 +25,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.policy import kernel_seconds as kernels
 from openrlhf_sd.policy.model_constants import BF16_BYTES, ModelConstants
@@ -224,6 +222,8 @@ class CostModel:
         except TypeError:  # an array cannot be a key
             return compute(rows)
         # A whole block at once takes hardly longer than one number: a rollout that shrinks passes by nearly all of them.
+        import numpy as np  # here, because reading a calibration needs nothing but the standard library
+
         first = (int(rows) - 1) // ROWS_AT_ONCE * ROWS_AT_ONCE + 1
         block = range(first, first + ROWS_AT_ONCE)
         self._linears_s.update(zip(((kind, number) for number in block), compute(np.array(block)).tolist()))
