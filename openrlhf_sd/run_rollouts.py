@@ -159,7 +159,7 @@ def _check_row(row: dict[str, Any], where: str, rollout: int) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # JSON's 1e999 is an infinity
+    return type(value) in (int, float) and -math.inf < value < math.inf  # JSON's 1e999 is an infinity
 
 
 def _is_segment(value: Any) -> bool:

@@ -93,10 +93,10 @@ class CheckedEngine:
         """What every request that nobody aborts must be answered, by its name."""
         return {name: script.whole_output(self.sizes.max_model_len) for name, script in self.scripts.items()}
 
-    def add(self, prompt: list[int], max_tokens: int, stop_at: int | None = None) -> None:
+    def add(self, prompt: list[int], max_tokens: int, stop_at: int | None = None, prompt_logprobs: int | None = None) -> None:
         starts_rollout = not self.has_rollout_marks and not self.scheduler.requests
         number = len(self.scripts)
-        script = Script(f"request {number}", number, tuple(prompt), max_tokens, stop_at)
+        script = Script(f"request {number}", number, tuple(prompt), max_tokens, stop_at, prompt_logprobs)
         self.scripts[script.request_id] = script
         self.answers[script.request_id] = []
         self.core.add_request(script.request(self.sizes.prefix_caching))
@@ -127,7 +127,7 @@ class CheckedEngine:
         if self.runner.num_steps == num_steps:
             return
         if is_off:
-            assert self.runner.last_gamma == 0, "drafts after a collapse, or beside a request that asks for its prompt's logprobs"
+            assert self.runner.last_gamma == 0, "drafts after a collapse, or while a prompt is computed whose logprobs were asked for"
         elif isinstance(self.scheduler.controller, ToldController):
             assert self.runner.last_gamma == self.scheduler.controller.last_gamma
 

@@ -57,6 +57,7 @@ class Script:
     max_tokens: int
     stop_at: int | None = None
     """Index of the STOP among its output tokens."""
+    prompt_logprobs: int | None = None
 
     def token(self, index: int) -> int:
         """Of no other request and no other place, so that whatever is lost, doubled or mixed up shows."""
@@ -72,7 +73,7 @@ class Script:
         return self.tokens(0, length)
 
     def request(self, prefix_caching: bool) -> Request:
-        params = SamplingParams(max_tokens=self.max_tokens, stop_token_ids=[STOP], detokenize=False)
+        params = SamplingParams(max_tokens=self.max_tokens, stop_token_ids=[STOP], prompt_logprobs=self.prompt_logprobs, detokenize=False)
         hasher = block_hasher if prefix_caching else None
         return Request(self.request_id, list(self.prompt), params, None, block_hasher=hasher)
 

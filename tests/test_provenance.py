@@ -2,7 +2,8 @@
 
 import pytest
 
-from openrlhf_sd.provenance import cpu_model, describe_machine
+from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.provenance import begin_run, cpu_model, describe_machine
 
 TWO_CORES = """processor\t: 0
 vendor_id\t: AuthenticAMD
@@ -33,3 +34,11 @@ def test_processors_of_one_name_are_told_apart(family: int, flags: str, said: st
 def test_a_processor_without_a_name() -> None:
     assert cpu_model("processor\t: 0\nBogoMIPS\t: 243.75\n") is None
     assert describe_machine()["cpu_model"]
+
+
+def test_of_two_launches_into_one_folder_the_second_is_refused_and_writes_nothing(tmp_path) -> None:
+    begin_run(tmp_path, ["first"], None, {})
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(SelfSpecError, match="--self-spec.run_dir: .* already holds a run"):
+        begin_run(tmp_path, ["second"], None, {})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before

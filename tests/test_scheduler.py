@@ -57,21 +57,18 @@ def test_an_evaluation_leaves_the_acceptance_of_the_running_rollout_alone():
 
 
 @both
-def test_nothing_is_drafted_beside_a_request_that_asks_for_its_prompts_logprobs(is_async):
+@pytest.mark.parametrize(("prompt_logprobs", "gamma"), [(0, 0), (None, 3)])
+def test_nothing_is_drafted_while_a_prompt_is_computed_whose_logprobs_were_asked_for(is_async, prompt_logprobs, gamma):
     engine = engine_of(is_async)
     engine.end_rollout()
-    engine.add([11, 12, 13], max_tokens=30)
+    engine.add([11, 12, 13], max_tokens=40)
     for _ in range(4):
         engine.turn()
-    engine.scheduler._scored_ids.add("request 1")
-    engine.add([21, 22, 23], max_tokens=6)
-    num_before = len(engine.steps)
-    while "request 1" in engine.scheduler.requests:
-        engine.turn()
-    during = [step.gamma_drafted for step in engine.steps[num_before + 1 :]]
-    assert during and set(during) == {0}
+    engine.add(list(range(100, 140)), max_tokens=6, prompt_logprobs=prompt_logprobs)
     engine.finish()
-    assert engine.steps[-2].gamma_drafted > 0, "drafts again"
+    [beside] = [number for number, step in enumerate(engine.steps) if step.num_prefill_tokens >= 40]
+    assert engine.steps[beside].gamma_drafted == gamma
+    assert engine.steps[beside + 1].gamma_drafted == 3, "drafts for its own tokens"
     assert engine.answers == engine.right_answers
 
 

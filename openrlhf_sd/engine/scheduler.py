@@ -125,11 +125,11 @@ class SelfSpecScheduler(PlatformScheduler):
         return scheduled
 
     def _has_scored(self) -> bool:
-        """Whether a request asks for its prompt's logprobs. Upstream computes them after drafting, from hidden states in the memory that
-        all CUDA graphs share: the drafter's would overwrite them (vLLM issue 53488)."""
-        if self._scored_ids:
-            self._scored_ids &= self.requests.keys()
-        return bool(self._scored_ids)
+        """Whether a prompt is to be computed whose logprobs were asked for. Upstream computes them after drafting, from hidden states in
+        the memory that all CUDA graphs share: the drafter's would overwrite them (vLLM issue 53488)."""
+        self._scored_ids &= self.requests.keys()
+        scored = (self.requests[request_id] for request_id in self._scored_ids)
+        return any(request.num_computed_tokens < request.num_prompt_tokens for request in scored)
 
     def _drop_old_drafts(self) -> None:
         """Of requests that the step before passed over: no token budget was left, or the context's end was in reach.

@@ -131,6 +131,7 @@ class StepBelief:
         surprise = min(max(deviation - stair, -steps.limit), steps.limit)
         is_cycle = self._gamma > 0
         recent = self._recent[is_cycle]
+        # Plain steps count in full: where a calibration is wrong about them, cycles must stay believed as they are, at once.
         recent += (surprise * (steps.known if is_cycle else 1.0) - recent) * (1 - _RECENT_FADE)
         has_changed = abs(recent) > LASTING_CHANGE
         self._recent[is_cycle] = 0.0 if has_changed else recent

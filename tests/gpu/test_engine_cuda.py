@@ -51,7 +51,9 @@ def test_greedy_is_plain_vllm_while_gamma_changes(measured, policy, quant, enfor
         reference = llm.generate(prompts, greedy(96, logprobs=2), use_tqdm=False)
     config = SelfSpecConfig(mode="fixed", gamma=7, quant=quant)
     with self_spec_engine(policy, config, enforce_eager=enforce_eager, scheduler_cls=random_gamma.QUALNAME) as llm:
+        drafts = DraftsSince(llm)
         outputs = generate(llm, prompts, greedy(96))
+        assert drafts.counts()["num_drafts"] > 0
     divergences = sum(excused_divergences(want.outputs[0], got) for want, got in zip(reference, outputs, strict=True))
     measured(f"{quant}: {divergences} of 64 prompts diverge, each at a near tie")
 
@@ -63,10 +65,12 @@ def test_greedy_up_to_the_end_of_the_context_and_again_from_the_prefix_cache(pol
     with plain_engine(policy, enforce_eager=enforce_eager) as llm:
         reference = llm.generate(LAST_PROMPTS, greedy(until_the_end, logprobs=2), use_tqdm=False)
     with self_spec_engine(policy, SelfSpecConfig(mode="fixed", gamma=7, quant="w4"), enforce_eager=enforce_eager) as llm:
+        drafts = DraftsSince(llm)
         for _ in ("computed", "from the prefix cache"):
             for want, got in zip(reference, generate(llm, LAST_PROMPTS, greedy(until_the_end)), strict=True):
                 assert len(got) == NUM_LAST_TOKENS
                 excused_divergences(want.outputs[0], got)
+        assert drafts.counts()["num_drafts"] > 0
 
 
 class IpcTrainer:
