@@ -74,6 +74,10 @@ SPOILED = {
         {"--self-spec": "fixed", "--vllm.num_engines": "0"},
         "--vllm.num_engines: 0 is too few (OpenRLHF generates with vLLM engines alone)",
     ),
+    "a check of OpenRLHF that ends in another error than its own": (
+        {"--use_ms": None},
+        "OpenRLHF refuses these flags: ModuleNotFoundError: ",
+    ),
     "vanilla without engines": ({"--vllm.num_engines": "0"}, "--vllm.num_engines: 0 is too few"),
     "evaluating every 0 steps": ({"--eval.steps": "0"}, "--eval.steps: OpenRLHF divides by it after the first step; give -1 for never"),
     "saving every 0 steps": ({"--ckpt.save_steps": "0"}, "--ckpt.save_steps: OpenRLHF divides by it"),

@@ -318,6 +318,10 @@ def test_metrics_alone_without_tensorboard_are_read(two_runs, tmp_path):
             lambda run: append_row(run / "metrics.jsonl", {"rollout": 9, "engine": 0, "num_output_tokens": "many"}),
             "metrics.jsonl: 'num_output_tokens' of rollout 9 is no number",
         ),
+        (
+            lambda run: (run / "metrics.jsonl").open("a").write('{"rollout": 9, "engine": 0, "timing/rollout_s": 1e999}\n'),
+            "metrics.jsonl: 'timing/rollout_s' of rollout 9 is no number",
+        ),
     ],
 )
 def test_bad_folders_end_with_one_line_and_code_2(tmp_path, capsys, break_it, expected):
