@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole story on one machine, without a GPU or a download: installs, builds a small policy, warms it up, trains it with GRPO in three
-# arms (vanilla OpenRLHF, self-speculating always, self-speculating where it pays; same seed, same data) and compares them on one page.
-#     bash examples/quickstart.sh [--steps N] [--out DIR] [--venv DIR] [--arms vanilla,fixed,auto] [more flags for all training runs]
+# The whole story on one machine, without a GPU or a download: installs, builds a small policy, warms it up, trains it with GRPO in two
+# arms (vanilla OpenRLHF, and self-speculating where it pays; same seed, same data) and compares them on one page.
+#     bash examples/quickstart.sh [--steps N] [--out DIR] [--venv DIR] [--arms vanilla,fixed,toggle,adaptive,auto] [more flags for all runs]
 # Hardware: 2 CPU cores, 8 GB of memory, 6 GB of disk. Wall time: README, "Two commands".
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

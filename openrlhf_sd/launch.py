@@ -14,6 +14,7 @@ Exit codes: 0 finished, 2 bad input, 130 interrupted, 1 anything else, with a tr
 from __future__ import annotations
 
 import argparse
+import gc
 import runpy
 import signal
 import sys
@@ -22,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openrlhf_sd import flags, preflight, provenance, worker_setup
+from openrlhf_sd import flags, garbage, preflight, provenance, worker_setup
 from openrlhf_sd.config import SelfSpecError, printable
 from openrlhf_sd.controller_states import checkpoint_step, controller_states
 from openrlhf_sd.cpu import platform, ray_start
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from openrlhf_sd import explain
 
             return explain.main(argv)
-        return run(argv)
+        with garbage.search_postponed():
+            return run(argv)
     except SelfSpecError as error:
         print(f"openrlhf-sd: error: {error}", file=sys.stderr)
         return 2
@@ -139,6 +141,7 @@ def train(
         openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(self_spec, run_dir, resumed_step)
 
     adopt_orphans()
+    garbage.end_without_search()
     signal.signal(signal.SIGTERM, _interrupt)
     with ExitStack() as at_end:
         start_ray = ray.init
@@ -150,6 +153,7 @@ def train(
             start_ray = worker_setup.with_setup_hook(ray.init)
 
         def init(*args: Any, **kwargs: Any) -> Any:
+            gc.enable()  # what this process imports it has imported
             context = start_ray(*args, **kwargs)
             # Ray's own handler, installed just now, aborts the driver and leaves its processes.
             signal.signal(signal.SIGTERM, _interrupt)

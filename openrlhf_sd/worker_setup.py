@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from openrlhf_sd import garbage
 from openrlhf_sd.eval_mark import mark_evaluation
 from openrlhf_sd.import_patches import patch_on_import
 from openrlhf_sd.prompt_order import seed_prompt_order
 
 
 def install() -> None:
+    garbage.end_without_search()
     patch_on_import(
         {
             "openrlhf.trainer.ppo_utils.samples_generator": mark_evaluation,

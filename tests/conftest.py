@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable
 
 import lanes
 import pytest
+
+from openrlhf_sd import garbage
 
 # A shell starts what it sends to the background with SIGINT ignored, and so do all its children: tests that interrupt one
 # would wait in vain.
@@ -14,6 +17,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if lanes.in_lane():
     lanes.keep_to_own_cores()
+
+# Collecting imports torch, transformers and vLLM; on with the search for garbage when that is done.
+gc.disable()
+garbage.end_without_search()
 
 MEASURED = "measured"
 _LINES: dict[str, list[str]] = {}
@@ -38,6 +45,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
         for nodeid in sorted(_LINES):
             for line in _LINES[nodeid]:
                 terminalreporter.write_line(line)
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -213,8 +213,8 @@ def started(monkeypatch):
 
 def test_the_quickstart_prepares_trains_the_arms_and_compares_them(started, tmp_path, capsys):
     assert quickstart.main(["--out", str(tmp_path / "out"), "--steps", "2"]) == 0
-    assert started == ["data", "model", "warm start", "vanilla", "fixed", "auto", "comparison"]
-    assert f"in all 7 s after installation; the page: {tmp_path}/out/comparison/report.html" in capsys.readouterr().out
+    assert started == ["data", "model", "warm start", "vanilla", "auto", "comparison"]
+    assert f"in all 6 s after installation; the page: {tmp_path}/out/comparison/report.html" in capsys.readouterr().out
 
 
 def test_the_quickstart_goes_on_where_it_was_and_refuses_a_finished_folder(started, tmp_path, capsys):

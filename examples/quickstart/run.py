@@ -1,6 +1,6 @@
 """The quickstart after installation: build, warm start, GRPO vanilla and with --self-spec, comparison; prints what each stage took.
 
-    python examples/quickstart/run.py --out DIR [--steps 15] [--seed 0] [--arms vanilla,fixed,auto] [flags for all training runs]
+    python examples/quickstart/run.py --out DIR [--steps 15] [--seed 0] [--arms vanilla,auto] [flags for all training runs]
 
 All arms get the same OpenRLHF flags, those of examples/settings/quickstart.toml; only `--self-spec*` and the run folders
 differ. Stages that are done are not repeated, so an interrupted quickstart goes on where it was; a finished one is refused
@@ -25,7 +25,7 @@ from stages import run_stage, set_environment  # noqa: E402
 from openrlhf_sd.config import SelfSpecError  # noqa: E402
 from openrlhf_sd.path_names import check_names  # noqa: E402
 
-DEFAULT_ARMS = "vanilla,fixed,auto"
+DEFAULT_ARMS = "vanilla,auto"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

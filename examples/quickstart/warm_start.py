@@ -1,17 +1,18 @@
 """Warm start: short supervised training of the quickstart's policy on demonstrations, some faulty on purpose.
 
-    python examples/quickstart/warm_start.py --model DIR --out DIR2 [--steps 300] [--seed 0] [--threads 1] [--samples 3]
+    python examples/quickstart/warm_start.py --model DIR --out DIR2 [--steps 300] [--seed 0] [--threads 2] [--samples 3]
 
 Plain PyTorch on the CPU, float32, then saved in bf16. Ends by sampling fresh prompts at temperature 1 and printing
 the accuracy. About half is the aim: GRPO learns from prompts that are answered sometimes rightly and sometimes
-wrongly. The faults are described at GUESS_FRACTION in task.py. The same seed on the same machine and thread count
-gives the same weights. About a minute on one free core, and deliberately on one: the matrices are small, and two
-threads that share their cores with other work took five minutes.
+wrongly. The faults are described at GUESS_FRACTION in task.py. The same seed on the same machine and thread
+count gives the same weights. Two threads at most: the matrices are small, and threads that share their cores with other
+work wait for each other (two took five minutes).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import time
 from pathlib import Path
@@ -117,7 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the warm-started policy")
     parser.add_argument("--steps", type=int, default=300, help=f"updates of {ROWS * ROW_TOKENS} tokens each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more pay only when no other work runs")
+    parser.add_argument(
+        "--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="CPU threads (default: 2 where there are two cores)"
+    )
     parser.add_argument("--samples", type=int, default=3, help="sampled responses to show at the end")
     args = parser.parse_args(argv)
     if not (args.model / "config.json").is_file():

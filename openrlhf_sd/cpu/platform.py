@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from openrlhf_sd import garbage
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.import_patches import ModulePatch, patch_on_import
 
@@ -42,6 +43,7 @@ def is_needed() -> bool:
 
 def install() -> None:
     """Patch this process. Idempotent. The caller has made sure that `is_needed()`; in a Ray worker the driver has."""
+    garbage.end_without_search()
     patch_on_import(PATCHES)
 
 
