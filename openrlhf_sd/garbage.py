@@ -10,9 +10,23 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from openrlhf_sd.import_patches import patch_on_import
 
-def end_without_search() -> None:
-    """The collections of this interpreter's end will find nothing to look at. Idempotent."""
+HEAVY = (
+    "vllm",
+    "vllm.config",
+    "vllm.v1.engine.async_llm",
+    "openrlhf.datasets",
+    "openrlhf.models",
+    "openrlhf.trainer.ray",
+    "openrlhf.utils",
+)
+"""With what they import, most of what a process of a run imports. Modules without another patch: there is one per module."""
+
+
+def spare_imports() -> None:
+    """No search while this process imports `HEAVY`, and at its end nothing left to look at. Idempotent."""
+    patch_on_import(dict.fromkeys(HEAVY, lambda module: search_postponed()))
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
 
@@ -20,8 +34,10 @@ def end_without_search() -> None:
 @contextmanager
 def search_postponed() -> Iterator[None]:
     """No collection inside, or only until someone calls `gc.enable()`."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()

@@ -11,7 +11,7 @@ from openrlhf_sd.prompt_order import seed_prompt_order
 
 
 def install() -> None:
-    garbage.end_without_search()
+    garbage.spare_imports()
     patch_on_import(
         {
             "openrlhf.trainer.ppo_utils.samples_generator": mark_evaluation,

@@ -43,7 +43,7 @@ def is_needed() -> bool:
 
 def install() -> None:
     """Patch this process. Idempotent. The caller has made sure that `is_needed()`; in a Ray worker the driver has."""
-    garbage.end_without_search()
+    garbage.spare_imports()
     patch_on_import(PATCHES)
 
 
