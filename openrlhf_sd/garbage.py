@@ -27,6 +27,11 @@ HEAVY = (
 def spare_imports() -> None:
     """No search while this process imports `HEAVY`, and at its end nothing left to look at. Idempotent."""
     patch_on_import(dict.fromkeys(HEAVY, lambda module: search_postponed()))
+    end_without_search()
+
+
+def end_without_search() -> None:
+    """For a process that has imported already. Idempotent."""
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
 

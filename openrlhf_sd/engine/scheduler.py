@@ -16,6 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from openrlhf_sd import garbage
 from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.engine import core_calls
 from openrlhf_sd.engine.step_drafts import StepDrafts
@@ -37,6 +38,7 @@ class SelfSpecScheduler(PlatformScheduler):
     """Raises RuntimeError where vLLM runs the other kind of scheduling than the platform's own."""
 
     def __init__(self, *args, **kwargs) -> None:
+        garbage.end_without_search()
         super().__init__(*args, **kwargs)
         if self.scheduler_config.async_scheduling != isinstance(self, AsyncScheduler):
             raise RuntimeError("self-speculation: leave vLLM's async_scheduling at the platform's default")

@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.sample.sampler import Sampler
 
+from openrlhf_sd import garbage
 from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.engine import compat
 from openrlhf_sd.engine.drafter_probe import MAX_ERROR, relative_errors
@@ -32,6 +33,7 @@ class _SelfSpecWorking:
 
     def init_device(self) -> None:
         compat.check_versions()
+        garbage.end_without_search()
         super().init_device()
         config = SelfSpecConfig.from_dict(self.vllm_config.additional_config["self_spec"])
         if self.use_v2_model_runner:

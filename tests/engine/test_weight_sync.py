@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from engines import DraftsSince, call, generate, sampled, self_spec_engine, token_prompts
+from surprise import surprise_of_outputs
 from trainer import Trainer, logprob_errors, perturb
 from transformers import AutoModelForCausalLM
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -14,6 +17,7 @@ from openrlhf_sd import SelfSpecConfig
 from openrlhf_sd.engine.worker import StaleDrafterError
 
 PROMPTS = token_prompts(24, 512)
+MANY_PROMPTS = token_prompts(128, 512)
 PARAMS = sampled(32, logprobs=0)
 
 
@@ -38,6 +42,11 @@ def test_two_broadcasts_and_one_of_no_numbers(measured, tied, quant, tied_policy
             assert after < at_start * 1.5 + 0.001
             assert rate > 0.5
             assert_drafter_is_rounded(llm, trainer_model, quant)
+
+        found = surprise_of_outputs(deepcopy(trainer_model).float(), llm.generate(MANY_PROMPTS, PARAMS, use_tqdm=False))
+        measured(f"{quant}, tied={tied}, after the syncs: {found}")
+        assert abs(found.z_score) < 4
+        assert found.rare_p_value > 0.001
 
         trainer_model.model.layers[2].mlp.up_proj.weight.data[5, 7] = float("nan")
         with pytest.raises(Exception, match=r"1 parameters arrived with NaN or infinity, the first model.layers.2.mlp.up_proj.weight"):
