@@ -52,12 +52,17 @@ class Lanes(LoadScopeScheduling):
         return scope(nodeid)
 
 
+LONG = ("test_distribution", "test_grpo_end_to_end")
+"""Files of six to ten minutes, in an order in which the second needs the warm start and the first does not."""
+
+
 def longest_first(items: list[pytest.Item]) -> None:
     """Engines first, so that small tests fill the lanes at the end; while one lane makes the warm start, no other needs it."""
     items.sort(
         key=lambda item: (
             "engine" not in item.path.parts,
             scope(item.nodeid) != SHARED_ENGINES,
+            LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG),
             "warm_policy" in getattr(item, "fixturenames", ()),
         )
     )
