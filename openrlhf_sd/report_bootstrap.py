@@ -1,4 +1,4 @@
-"""A ratio or a difference between two arms, with its interval.
+"""A ratio between two arms, with its interval.
 
 The interval is a 95% percentile bootstrap over steps, within each run. Steps of one run are not independent, and steps say
 nothing about run-to-run luck: what each pair of runs gave is kept beside it.
@@ -25,7 +25,7 @@ class Estimate:
     """A ratio or difference against the baseline. value None: missing; low, high None: too few steps.
 
     Attributes:
-        n, n_baseline: steps, over all pairs of runs.
+        n, n_baseline: steps, over all pairs of runs; of a reward difference runs.
         by_pair: what each pair of runs gave alone; the value is their mean (of ratios: the geometric mean).
     """
 
@@ -59,40 +59,27 @@ def ratio_of_medians(pairs: Sequence[Samples]) -> Estimate:
 def estimate_ratio(pairs: Sequence[tuple[Sequence, Sequence]], statistic: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
     """Geometric mean over pairs of `statistic(run (R, n, ...), baseline (R, m, ...)) -> (R,)`, a ratio with 1 for no difference;
     NaN where it cannot be formed. Pairs of which one side has no step are left out."""
-    return _estimate(pairs, statistic, _geometric_mean, 1.0, ("faster", "slower"))
-
-
-def difference_of_means(pairs: Sequence[Samples]) -> Estimate:
-    """Mean of the run minus mean of the baseline."""
-
-    def statistic(run: np.ndarray, base: np.ndarray) -> np.ndarray:
-        return run.mean(axis=1) - base.mean(axis=1)
-
-    return _estimate(pairs, statistic, lambda values: np.mean(values, axis=0), 0.0, ("higher", "lower"))
+    arrays = [(np.asarray(run), np.asarray(base)) for run, base in pairs if len(run) and len(base)]
+    n, n_baseline = sum(len(run) for run, _ in arrays), sum(len(base) for _, base in arrays)
+    if not arrays:
+        return missing(sum(len(run) for run, _ in pairs), sum(len(base) for _, base in pairs))
+    values = np.array([statistic(run[None], base[None]) for run, base in arrays])
+    value = float(_geometric_mean(values)[0])
+    if not np.isfinite(value):
+        return missing(n, n_baseline)
+    low = high = None
+    if all(min(len(run), len(base)) >= MIN_STEPS_FOR_INTERVAL for run, base in arrays):
+        low, high = _interval(arrays, statistic)
+    counted = _counted(n, n_baseline, len(arrays))
+    said = f"too few steps for an interval ({counted})" if low is None else verdict(low, high, 1.0, ("faster", "slower"), counted)
+    return Estimate(value, low, high, n, n_baseline, said, tuple(float(v) for v in values[:, 0]))
 
 
 def _geometric_mean(values: np.ndarray) -> np.ndarray:
     return np.exp(np.mean(np.log(values), axis=0))
 
 
-def _estimate(pairs, statistic, average, neutral: float, words: tuple[str, str]) -> Estimate:
-    """`average` reduces (pairs, R) to (R,)."""
-    arrays = [(np.asarray(run), np.asarray(base)) for run, base in pairs if len(run) and len(base)]
-    n, n_baseline = sum(len(run) for run, _ in arrays), sum(len(base) for _, base in arrays)
-    if not arrays:
-        return missing(sum(len(run) for run, _ in pairs), sum(len(base) for _, base in pairs))
-    values = np.array([statistic(run[None], base[None]) for run, base in arrays])
-    value = float(average(values)[0])
-    if not np.isfinite(value):
-        return missing(n, n_baseline)
-    low = high = None
-    if all(min(len(run), len(base)) >= MIN_STEPS_FOR_INTERVAL for run, base in arrays):
-        low, high = _interval(arrays, statistic, average)
-    verdict = _verdict(low, high, neutral, words, _counted(n, n_baseline, len(arrays)))
-    return Estimate(value, low, high, n, n_baseline, verdict, tuple(float(v) for v in values[:, 0]))
-
-
-def _interval(arrays, statistic, average) -> tuple[float | None, float | None]:
+def _interval(arrays, statistic) -> tuple[float | None, float | None]:
     """Each run's steps are resampled on their own."""
     random = np.random.default_rng(BOOTSTRAP_SEED)
     draws = []
@@ -101,7 +88,7 @@ def _interval(arrays, statistic, average) -> tuple[float | None, float | None]:
         for run, base in arrays:
             picks = [values[random.integers(len(values), size=(RESAMPLES_PER_CHUNK, len(values)))] for values in (run, base)]
             chunk.append(statistic(*picks))
-        draws.append(average(np.array(chunk)))
+        draws.append(_geometric_mean(np.array(chunk)))
     resampled = np.concatenate(draws)
     # A resample of steps among which a statistic cannot be formed says nothing about its size.
     resampled = resampled[np.isfinite(resampled)]
@@ -116,10 +103,9 @@ def _counted(n: int, n_baseline: int, num_pairs: int) -> str:
     return steps if num_pairs == 1 else f"{steps}, {num_pairs} pairs of runs"
 
 
-def _verdict(low: float | None, high: float | None, neutral: float, words: tuple[str, str], counted: str) -> str:
+def verdict(low: float, high: float, neutral: float, words: tuple[str, str], counted: str) -> str:
+    """What an interval says, with `words` for above and below `neutral`."""
     above, below = words
-    if low is None:
-        return f"too few steps for an interval ({counted})"
     if low > neutral:
         return f"{above} ({counted})"
     if high < neutral:

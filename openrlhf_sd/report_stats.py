@@ -14,9 +14,10 @@ import numpy as np
 
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.report_arms import Arm, Pairing, pair_by_seed
-from openrlhf_sd.report_bootstrap import Estimate, difference_of_means, ratio_of_medians
+from openrlhf_sd.report_bootstrap import Estimate, ratio_of_medians
 from openrlhf_sd.report_differences import differences, surroundings
 from openrlhf_sd.report_lengths import LengthControlled, length_controlled
+from openrlhf_sd.report_rewards import reward_difference
 from openrlhf_sd.report_summary import ArmSummary, s_per_token, summarize, timed_steps
 from openrlhf_sd.run_records import REWARD, ROLLOUT_S, RunRecords
 
@@ -174,7 +175,8 @@ def versus_baseline(arm: Arm, pairing: Pairing, num_warmup_steps: int) -> Versus
         series = [run.scalar(REWARD) for run in (*runs, *bases)]
         graded = sorted(set.intersection(*map(set, series)))
         last_half = graded[len(graded) // 2 :]
-        rewards.append((_at(series[: len(runs)], last_half), _at(series[len(runs) :], last_half)))
+        by_run = [_at([one], last_half) for one in series]
+        rewards.append((by_run[: len(runs)], by_run[len(runs) :]))
     return Versus(
         label=arm.label,
         by_seed=pairing.by_seed,
@@ -183,7 +185,7 @@ def versus_baseline(arm: Arm, pairing: Pairing, num_warmup_steps: int) -> Versus
         per_token_speedup=speedup(s_per_token),
         length_controlled=length_controlled(pairing, common),
         step_speedup=speedup(RunRecords.step_s),
-        reward_difference=difference_of_means(rewards),
+        reward_difference=reward_difference(rewards),
     )
 
 

@@ -158,7 +158,8 @@ def reading_notes(comparison: Comparison) -> list[str]:
         "times are the engine's own records.",
         "Cells read median [25th, 75th percentile] over steps. A speed-up is the ratio of medians over the steps both "
         "runs logged, in brackets its 95% bootstrap interval; below 1 the run is slower. The reward difference is the "
-        "run minus the baseline, means over the last half of the common steps.",
+        "run minus the baseline, means over the last half of the common steps; its interval is Student's t over pairs of runs, three "
+        "at least: steps of one training follow from each other and say nothing about the next training.",
         "Two arms may write answers of different length, and then wall times do not compare. The length-controlled speed-up "
         "asks how fast the same work was done. From timelines: seconds per token at equal active batch (requests decoding at "
         "once on an engine), in bins that double, weighted by the baseline's tokens; the ramp-up of each rollout and batches that "
