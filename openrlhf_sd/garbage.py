@@ -1,6 +1,6 @@
 """What torch, transformers and vLLM import is millions of objects that live as long as the process. Python's garbage collector looks
-for cycles among them again and again: a sixth of the time that importing takes, and four seconds of every process's end (2 cores of an
-AMD EPYC, Zen 3), while a run waits for it.
+for cycles among them again and again: a tenth or more of the time that importing takes, and two to four seconds of every process's end
+(2 cores of an AMD EPYC, Zen 3), while a run waits for it.
 """
 
 from __future__ import annotations
