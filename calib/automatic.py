@@ -5,8 +5,8 @@
 This is `--self-spec.calibration auto`. Without a shipped calibration for exactly this device, model, drafter and tensor-parallel size it
 runs `calib.sweep --quick` in a process of its own (a minute or two) and fits it, with a shipped calibration of another model on the same
 device as the prior if there is one. What it made lies in ${XDG_CACHE_HOME:-~/.cache}/openrlhf_sd/calibrations under a digest of the
-hardware, the model's shape, drafter, tensor-parallel size, logprobs and versions; a change in any of them measures anew, a change in the
-form of the cost model fits the kept sweep anew. An interrupted sweep goes on. Delete the files to measure again.
+hardware, the model's shape, drafter, tensor-parallel size, logprobs, versions and whether TORCH_COMPILE_DISABLE=1 is set; a change in any of them
+measures anew, a change in the form of the cost model fits the kept sweep anew. An interrupted sweep goes on. Delete the files to measure again.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def sweep_key(identity: dict[str, Any], model_config: dict[str, Any], logprobs: 
     ingredients = {
         **identity,
         "logprobs": logprobs,
+        "torch_compile": os.environ.get("TORCH_COMPILE_DISABLE", "0") != "1",  # vLLM's sampler compiles whatever the engine does
         "model": model_constants(model_config, identity["tensor_parallel_size"]).to_dict(),
         "versions": {package: installed_version(package) for package in ("vllm", "torch")} | {"openrlhf_sd": _own_version()},
     }

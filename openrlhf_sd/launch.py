@@ -141,7 +141,7 @@ def train(
         openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(self_spec, run_dir, resumed_step)
 
     adopt_orphans()
-    garbage.spare_imports()
+    garbage.end_without_search()
     signal.signal(signal.SIGTERM, _interrupt)
     with ExitStack() as at_end:
         start_ray = ray.init

@@ -22,7 +22,7 @@ Samples = tuple[Sequence[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A ratio or difference against the baseline. value None: missing; low, high None: too few steps.
+    """A ratio or difference against the baseline. value None: missing; low, high None: too few steps, or runs.
 
     Attributes:
         n, n_baseline: steps, over all pairs of runs; of a reward difference runs.

@@ -20,7 +20,7 @@ if lanes.in_lane():
 
 # Collecting imports torch, transformers and vLLM; the search for garbage goes on when that is done.
 gc.disable()
-garbage.spare_imports()
+garbage.end_without_search()
 
 MEASURED = "measured"
 _LINES: dict[str, list[str]] = {}

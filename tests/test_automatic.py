@@ -88,6 +88,16 @@ def test_other_versions_measure_anew(model, monkeypatch):
     assert automatic.sweep_key(identity, CONFIG, 0) != before
 
 
+def test_steps_without_torch_compile_are_other_steps(model, monkeypatch):
+    identity = {"device": CPU, "quant": "w4", "tensor_parallel_size": 1}
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    before = automatic.sweep_key(identity, CONFIG, 0)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
+    assert automatic.sweep_key(identity, CONFIG, 0) == before
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert automatic.sweep_key(identity, CONFIG, 0) != before
+
+
 def test_a_kept_file_that_was_spoilt_is_an_error_that_names_it(model, sweeps):
     path = automatic.calibrate_this_machine(model, "w4")
     path.write_text(path.read_text()[:-20])

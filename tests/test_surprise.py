@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from surprise import surprise
 
@@ -30,6 +32,8 @@ def test_a_few_wrong_tokens_are_seen():
     assert found.rare_p_value < 1e-6
 
 
-def test_an_impossible_token_is_one():
-    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
-    assert surprise([(logits, torch.tensor([1])), (torch.zeros(1, 3), torch.tensor([0]))]).num_rare == 0
+def test_a_word_of_probability_zero_spoils_no_sum():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]])
+    found = surprise([(logits, torch.tensor([1]))])
+    assert math.isfinite(found.z_score)
+    assert (found.num_rare, found.expected_rare) == (0, 0.0)
