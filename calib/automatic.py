@@ -5,8 +5,9 @@
 This is `--self-spec.calibration auto`. Without a shipped calibration for exactly this device, model, drafter and tensor-parallel size it
 runs `calib.sweep --quick` in a process of its own (a minute or two) and fits it, with a shipped calibration of another model on the same
 device as the prior if there is one. What it made lies in ${XDG_CACHE_HOME:-~/.cache}/openrlhf_sd/calibrations under a digest of the
-hardware, the model's shape, drafter, tensor-parallel size, logprobs, versions and whether TORCH_COMPILE_DISABLE=1 is set; a change in any of them
-measures anew, a change in the form of the cost model fits the kept sweep anew. An interrupted sweep goes on. Delete the files to measure again.
+hardware, the model's shape, drafter, tensor-parallel size, logprobs, versions and whether TORCH_COMPILE_DISABLE=1 is set; a change in any
+of them measures anew, a change in the form of the cost model fits the kept sweep anew. An interrupted sweep goes on. Delete the files to
+measure again.
 """
 
 from __future__ import annotations
