@@ -34,7 +34,7 @@ MODULES = (
     "vllm.v1.engine.async_llm",
     "vllm.entrypoints.llm",
     "vllm.v1.worker.gpu_worker",
-    "vllm.v1.executor.multiproc_executor",
+    "openrlhf_sd.cpu.in_process_executor",
     "vllm.model_executor.model_loader",
     "vllm.model_executor.models.qwen2",
     "openrlhf.cli.train_ppo_ray",

@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 
 from openrlhf_sd.calibration_choice import choose_calibration
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
+from openrlhf_sd.cpu.engine_kwargs import IN_PROCESS_EXECUTOR
 from openrlhf_sd.drafter_scheme import check_capability, linear_input_widths, resolve_scheme
 from openrlhf_sd.model_support import check_model, check_weights
 from openrlhf_sd.policy.cost_model import CostModel
@@ -50,9 +51,9 @@ def engine_args(config: SelfSpecConfig, model: str | Path, tensor_parallel_size:
         calibration = choose_calibration(resolved, str(model), tensor_parallel_size)
         costs = calibration and calibration.cost_model
     num_speculative_tokens = resolved.num_speculative_tokens
-    executor = {"distributed_executor_backend": "openrlhf_sd.engine.cpu_executor.SelfSpecExecutor"}
+    executor = {"distributed_executor_backend": IN_PROCESS_EXECUTOR}
     return {
-        **(executor if current_platform.is_cpu() else {}),
+        **(executor if current_platform.is_cpu() and tensor_parallel_size == 1 else {}),
         "load_format": "safetensors",
         "worker_cls": "openrlhf_sd.engine.worker.SelfSpecWorker",
         "worker_extension_cls": "openrlhf_sd.engine.weight_sync.SelfSpecWorkerWrap",

@@ -46,12 +46,11 @@ def test_ten_thousand_requests(measured, warm_policy):
         trainer = Trainer(llm)
         num_blocks = core.call_utility("test_num_free_blocks")
         started = time.monotonic()
-        outputs, tensors, scheduler, worker = [], [], [], []
+        outputs, tensors, engine = [], [], []
         for part in (slice(first, first + quarter) for first in range(0, NUM_REQUESTS, quarter)):
             outputs += generate(llm, prompts[part], [greedy(length) for length in LENGTHS[part]])
             trainer.broadcast(trainer_model)
-            scheduler.append(resident_bytes("VLLM::EngineCor"))
-            worker.append(resident_bytes("VLLM::Worker"))
+            engine.append(resident_bytes("VLLM::EngineCor"))
             tensors.append(call(llm, live_tensor_bytes))  # last: it makes a list of everything
         seconds = time.monotonic() - started
         assert list(map(len, outputs)) == LENGTHS
@@ -61,9 +60,8 @@ def test_ten_thousand_requests(measured, warm_policy):
         assert num_other <= NUM_REQUESTS // 1000, "more than near ties of bf16 explain (tests/engine/test_greedy.py met none in 64)"
         assert core.call_utility("test_num_free_blocks") == num_blocks
         assert tensors[3] < 1.02 * tensors[1]
-        assert scheduler[3] < 1.02 * scheduler[1]
-        assert worker[3] < 1.02 * worker[1]
-    sizes = {"live tensors": tensors, "scheduler": scheduler, "worker": worker}
+        assert engine[3] < 1.02 * engine[1]
+    sizes = {"live tensors": tensors, "engine process": engine}
     shown = ", ".join(f"{name} {values[1] / 2**20:.1f} -> {values[3] / 2**20:.1f}" for name, values in sizes.items())
     measured(
         f"load: {NUM_REQUESTS} requests, {sum(LENGTHS)} tokens in {seconds:.0f} s, {num_other} responses with another near tie; from half "
