@@ -8,7 +8,7 @@
     openrlhf-sd --help
 
 OpenRLHF's flags are those of `python -m openrlhf.cli.train_ppo_ray`. `python -m openrlhf_sd.launch` is the same.
-Exit codes: 0 finished, 2 bad input, 130 interrupted, 1 anything else, with a traceback.
+Exit codes: 0 finished, 2 bad input, 130 interrupted, 1 anything else, mostly with a traceback.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from openrlhf_sd import flags, garbage, preflight, provenance, worker_setup
 from openrlhf_sd.config import SelfSpecError, printable
 from openrlhf_sd.controller_states import checkpoint_step, controller_states
 from openrlhf_sd.cpu import platform, ray_start
+from openrlhf_sd.engine_starts import EngineStartError, EngineStarts
 from openrlhf_sd.process_tree import adopt_orphans, end_descendants
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SelfSpecError as error:
         print(f"openrlhf-sd: error: {error}", file=sys.stderr)
         return 2
+    except EngineStartError as error:
+        print(f"openrlhf-sd: error: {printable(str(error))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("openrlhf-sd: interrupted", file=sys.stderr)
         return 130
@@ -135,10 +139,11 @@ def train(
     import ray
 
     is_ours = self_spec is not None or run_dir is not None
+    starts = EngineStarts()
     if is_ours:
         from openrlhf_sd.rollout_engines import make_create_vllm_engines
 
-        openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(self_spec, run_dir, resumed_step)
+        openrlhf.trainer.ray.create_vllm_engines = make_create_vllm_engines(self_spec, run_dir, resumed_step, starts.watch)
 
     adopt_orphans()
     garbage.end_without_search()
@@ -163,7 +168,11 @@ def train(
         at_end.callback(end_descendants)
         at_end.callback(ray.shutdown)
         sys.argv = ["openrlhf-sd", *upstream_argv]
-        runpy.run_module(flags.UPSTREAM_MODULE, run_name="__main__")
+        try:
+            runpy.run_module(flags.UPSTREAM_MODULE, run_name="__main__")
+        except KeyboardInterrupt:
+            starts.raise_failure()
+            raise
 
 
 def _interrupt(signum: int, frame: object) -> None:

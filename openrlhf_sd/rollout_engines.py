@@ -6,6 +6,7 @@ unchanged upstream one while that name means our subclass. Trainers, sample gene
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,16 @@ class SelfSpecRun:
     states: ControllerStates | None
 
 
-def make_create_vllm_engines(self_spec: SelfSpecRun | None, run_dir: str | None, resumed_step: int = 0) -> Any:
+def make_create_vllm_engines(
+    self_spec: SelfSpecRun | None, run_dir: str | None, resumed_step: int = 0, started: Callable[[list[Any]], None] = lambda engines: None
+) -> Any:
     """A stand-in for `openrlhf.trainer.ray.create_vllm_engines` with the same signature.
 
     Args:
         self_spec: None for vanilla engines whose rollouts are recorded and nothing else.
         run_dir: where metrics.jsonl and evidence go; None keeps no file.
         resumed_step: global step of the checkpoint that the run goes on from; 0 for a run that starts anew.
+        started: takes the engines' actors once they have been told to start.
     """
     from openrlhf.trainer.ray import vllm_engine
 
@@ -55,9 +59,11 @@ def make_create_vllm_engines(self_spec: SelfSpecRun | None, run_dir: str | None,
             actors = _NumberedActors(self_spec_rollout_actor(upstream_actor), ours)
         vllm_engine.RolloutRayActor = actors
         try:
-            return upstream_create(num_engines, *args, **kwargs)
+            engines = upstream_create(num_engines, *args, **kwargs)
         finally:
             vllm_engine.RolloutRayActor = upstream_actor
+        started(engines)
+        return engines
 
     return create_vllm_engines
 

@@ -1,0 +1,41 @@
+"""A rollout engine that cannot start ends the run.
+
+OpenRLHF creates its engines without waiting for them; the policy's trainer then waits for them to join its process group, half an hour and
+more, also for one whose process has ended with an error.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+
+class EngineStartError(RuntimeError):
+    """A rollout engine could not start."""
+
+
+class EngineStarts:
+    """Made and asked in the main thread, whose handler of SIGTERM raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self._failure: Exception | None = None
+
+    def watch(self, engines: list[Any]) -> None:
+        """Ray actors that are starting. Returns at once; the main thread is interrupted when one has failed."""
+        threading.Thread(target=self._wait, args=(engines,), daemon=True).start()
+
+    def _wait(self, engines: list[Any]) -> None:
+        import ray
+
+        try:
+            ray.get([engine.__ray_ready__.remote() for engine in engines])
+        except ray.exceptions.RayActorError as failure:
+            self._failure = failure
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+    def raise_failure(self) -> None:
+        """For the main thread, interrupted. Raises EngineStartError where it was for an engine."""
+        if self._failure is not None:
+            cause = str(self._failure).strip().splitlines()[-1].strip()
+            raise EngineStartError(f"a rollout engine could not start ({cause}); what it printed above says why") from self._failure
