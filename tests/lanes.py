@@ -57,10 +57,10 @@ LONG = ("test_distribution", "test_grpo_end_to_end")
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Engines first, so that small tests fill the lanes at the end; while one lane makes the warm start, no other needs it."""
+    """Engines and trainings first, so that small tests fill the lanes at the end; while one lane makes the warm start, no other needs it."""
     items.sort(
         key=lambda item: (
-            "engine" not in item.path.parts,
+            "engine" not in item.path.parts and item.get_closest_marker("slow") is None,
             scope(item.nodeid) != SHARED_ENGINES,
             LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG),
             "warm_policy" in getattr(item, "fixturenames", ()),

@@ -1,4 +1,4 @@
-"""Where a whole run listens: GRPO on real Ray, DeepSpeed and vLLM on a CPU, with an eye on the sockets of all its processes."""
+"""What a whole run opens, compiles and leaves behind: GRPO on real Ray, DeepSpeed and vLLM on a CPU, with an eye on all its processes."""
 
 import ipaddress
 import json
@@ -8,6 +8,9 @@ import stat
 import subprocess
 import sys
 import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import pytest
@@ -45,10 +48,33 @@ def sockets(process):
     return program, bound, [c.laddr for c in unix if c.laddr.startswith("/")]
 
 
+def processes_with(marker: str) -> list[str]:
+    """Command lines of the running processes that have inherited `marker` in their environment."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and marker.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue  # it ended while we looked, or is not ours to see
+    return found
+
+
+@dataclass
+class WatchedRun:
+    folder: Path
+    addresses: dict[str, set[str]] = field(default_factory=dict)
+    """By program."""
+    modes: dict[str, int] = field(default_factory=dict)
+    """By Unix socket."""
+    left_behind: list[str] = field(default_factory=list)
+
+
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    """(addresses by program, modes by Unix socket) over one step of a self-speculating run."""
-    folder = tmp_path_factory.mktemp("listening")
+def seen(tmp_path_factory) -> WatchedRun:
+    """One step of a self-speculating run."""
+    folder = tmp_path_factory.mktemp("run")
+    watched = WatchedRun(folder)
     build_policy(folder / "model", tied=True)
     prompts = [{"input": f"{i * 37 % 91}+{i * 11 % 53}=", "label": ""} for i in range(8)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
@@ -71,7 +97,8 @@ def seen(tmp_path_factory):
     """.split()
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "GLOO_SOCKET_IFNAME")}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    addresses, modes = {}, {}
+    marker = str(uuid.uuid4())
+    environment |= {"OPENRLHF_SD_TEST": marker, "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     with (folder / "log").open("w") as log:
         command = [sys.executable, "-m", "openrlhf_sd.launch", *flags]
         run = subprocess.Popen(command, env=environment, stdout=log, stderr=log, umask=0o022)
@@ -79,28 +106,38 @@ def seen(tmp_path_factory):
         while run.poll() is None:
             for process in processes(top):
                 program, bound, files = sockets(process)
-                addresses.setdefault(program, set()).update(bound)
+                watched.addresses.setdefault(program, set()).update(bound)
                 for file in files:
                     if os.path.exists(file):
-                        modes[file] = stat.S_IMODE(os.stat(file).st_mode)
+                        watched.modes[file] = stat.S_IMODE(os.stat(file).st_mode)
             time.sleep(0.5)
     assert run.returncode == 0, (folder / "log").read_text()[-6000:]
-    return {program: found for program, found in addresses.items() if found}, modes
+    watched.left_behind = processes_with(marker)
+    return watched
+
+
+def test_no_extension_is_compiled(seen):
+    """A minute at first use, and a compiler."""
+    assert not (seen.folder / "extensions").exists()
+
+
+def test_no_process_outlives_the_launcher(seen):
+    assert seen.left_behind == []
 
 
 def test_a_run_listens_on_the_loopback_interface_only(seen, measured):
-    addresses, _ = seen
+    addresses = {program: found for program, found in seen.addresses.items() if found}
     for program, found in sorted(addresses.items()):
         measured(f"listening, CPU run: {program} at {', '.join(sorted(found))}")
     assert {"gcs_server", "raylet"} <= set(addresses), "Ray's servers were looked at"
+    assert {"VLLM::EngineCore"} == {program for program in seen.addresses if program.startswith("VLLM")}, "the worker is in there"
     assert "ray::PolicyModelActor" in addresses, "the trainer's store was looked at"
     assert {program: found for program, found in addresses.items() if not all(map(is_loopback, found))} == {}
 
 
 def test_only_the_user_may_write_to_its_unix_sockets(seen):
-    _, modes = seen
-    assert modes
-    assert {file: oct(mode) for file, mode in modes.items() if mode & 0o022} == {}
+    assert seen.modes
+    assert {file: oct(mode) for file, mode in seen.modes.items() if mode & 0o022} == {}
 
 
 RAY = """

@@ -80,13 +80,3 @@ def speculating_warm(request, warm_policy, plain_warm):
     config = SelfSpecConfig(mode="auto", gamma_max=7, calibration="none", quant=request.param)
     with self_spec_engine(warm_policy, config, scheduler_cls=QUALNAME, logprobs_mode="processed_logprobs") as llm:
         yield request.param, llm
-
-
-@pytest.fixture(scope="session")
-def warm_calibration(warm_policy, tmp_path_factory) -> Path:
-    """This machine's own quick calibration for that policy, as `--self-spec.calibration auto` makes it."""
-    command = [sys.executable, "-m", "calib.automatic", "--model", str(warm_policy)]
-    cache = str(tmp_path_factory.mktemp("calibration"))
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, "XDG_CACHE_HOME": cache})
-    assert finished.returncode == 0, finished.stderr
-    return Path(finished.stdout.strip())

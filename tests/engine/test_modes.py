@@ -23,9 +23,6 @@ ASYNC = ("--train.async_enable", "--train.async_queue_size", 2)
 SLEEP = ("--train.colocate_all", "--vllm.enable_sleep", "--ds.enable_sleep", "--vllm.sync_backend", "gloo")
 
 MODES: dict[str, tuple[object, ...]] = {
-    "gae with a critic, a reference and two engines": (
-        *("--algo.advantage.estimator", "gae", "--critic.num_gpus_per_node", 1, "--algo.kl.init_coef", 0.01, "--vllm.num_engines", 2),
-    ),
     "reinforce on two ranks with ZeRO-3": (
         *("--algo.advantage.estimator", "reinforce", "--actor.num_gpus_per_node", 2, "--ds.zero_stage", 3),
     ),
@@ -40,15 +37,14 @@ MODES: dict[str, tuple[object, ...]] = {
     "dr_grpo, asynchronous with a queue of two, evaluated": (
         *("--algo.advantage.estimator", "dr_grpo", *ASYNC, "--eval.steps", 1, "--eval.n_samples_per_prompt", 1),
     ),
-    "turns of an agent, IS correction of sequences": (
-        *("--train.agent_func_path", AGENT, "--algo.advantage.is_correction_level", "seq"),
+    "turns of an agent with prefix caching, IS correction of sequences": (
+        *("--train.agent_func_path", AGENT, "--vllm.enable_prefix_caching", "--algo.advantage.is_correction_level", "seq"),
         *("--algo.advantage.is_correction_mode", "mask", "--algo.advantage.is_correction_threshold", 0.9, 1.1),
     ),
     "flash_reinforce with one sample, deterministic, no IS correction": (
         *("--algo.advantage.estimator", "flash_reinforce", "--rollout.n_samples_per_prompt", 1, "--rollout.batch_size", 32),
         *("--train.full_determinism_enable", "--algo.advantage.is_correction_level", "off", "--data.max_samples", 64),
     ),
-    "prefix caching": ("--vllm.enable_prefix_caching",),
 }
 
 
@@ -126,14 +122,17 @@ def test_partial_rollouts(measured, warm_policy, data, tmp_path):
     measured(f"partial rollouts: responses per sync {[row['num_responses'] for row in rows]}")
 
 
-def test_a_frozen_actor(warm_policy, data, tmp_path):
-    """`--critic.freezing_steps`: only the critic learns, and the same weights are broadcast again after every step."""
+def test_a_critic_that_learns_first(measured, warm_policy, data, tmp_path):
+    """PPO with a critic, a reference and two engines. `--critic.freezing_steps`: for two steps only the critic learns, and the same
+    weights are broadcast again."""
     run_dir = train(
-        *(tmp_path / "run", warm_policy, data, "--self-spec", "fixed", "--self-spec.gamma", 3, "--critic.freezing_steps", STEPS),
-        *("--algo.advantage.estimator", "gae", "--critic.num_gpus_per_node", 1),
-        steps=STEPS,
+        *(tmp_path / "run", warm_policy, data, "--self-spec", "fixed", "--self-spec.gamma", 3, "--critic.freezing_steps", 2),
+        *("--algo.advantage.estimator", "gae", "--critic.num_gpus_per_node", 1, "--algo.kl.init_coef", 0.01, "--vllm.num_engines", 2),
+        steps=3,
     )
     rows = self_spec_rows(run_dir)
-    assert len(rows) == STEPS
-    assert len({row["weights_fingerprint"] for row in rows}) == 1
-    assert len({row["drafter_error"] for row in rows}) == 1
+    fingerprints = [{row["weights_fingerprint"] for row in rows if row["rollout"] == rollout} for rollout in range(3)]
+    assert all(len(of_both_engines) == 1 for of_both_engines in fingerprints)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert_fresh_and_exact([row for row in rows if row["rollout"] > 0], num_engines=2)
+    measured(f"gae with a critic, a reference and two engines: {shown_kl(run_dir)}")

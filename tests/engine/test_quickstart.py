@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from run_folders import Page
 
+from openrlhf_sd import simulator
 from openrlhf_sd.metrics import read_rows
 
 pytestmark = pytest.mark.whole_machine
@@ -46,13 +47,23 @@ def assert_compared(out: Path, arms: dict[str, str]) -> None:
 def quickstart(tmp_path_factory) -> tuple[Path, str]:
     """Its folder, and what it printed."""
     out = tmp_path_factory.mktemp("quickstart")
-    return out, run_script("bash examples/quickstart.sh", out, "vanilla,fixed").stdout
+    return out, run_script("bash examples/quickstart.sh", out, "vanilla,auto").stdout
 
 
 def test_quickstart(quickstart):
     out, printed = quickstart
-    assert_compared(out, {"vanilla": "vanilla", "fixed": "fixed"})
+    assert_compared(out, {"vanilla": "vanilla", "auto": "auto"})
     assert f"the page: {out / 'comparison' / 'report.html'}" in printed
+
+
+def test_the_quickstart_is_replayed(measured, quickstart, capsys):
+    """How well depends on what else the machine does: printed, not promised."""
+    run_dir = quickstart[0] / "auto"
+    arguments = ["--trace", str(run_dir / "metrics.jsonl"), "--calibration", str(run_dir / "calibration.json"), "--json"]
+    assert simulator.main(arguments) == 0
+    [replay] = json.loads(capsys.readouterr().out)["replay"].values()
+    assert [row["rollout"] for row in replay["rollouts"]] == list(range(STEPS))
+    measured(f"replay of auto, predicted against measured engine steps: {replay['overall_engine_error']:+.0%}")
 
 
 def test_comparison_of_the_quickstart(quickstart, tmp_path):
