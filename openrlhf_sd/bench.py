@@ -8,7 +8,8 @@ What is measured: `LLM.generate` of BATCH distinct prompts, TOKENS sampled token
 gammas, then modes, which decide by the calibration (`auto`: the quick sweep of this machine, measured now if it never was) and start
 their ramp-up guard at 0; a mode's controller learns over the rounds as over the rollouts of a training. Both engines live in processes
 of their own and take turns, A B A B, in every round: a ratio is formed within a round, so that a machine that drifts hurts both alike.
-The baseline is plain vLLM with the same settings, never our engine with speculation off.
+The baseline is plain vLLM with the same settings, never our engine with speculation off. On a CPU the latter is the faster one: its worker
+needs no process of its own (cpu/in_process_executor.py). What speculation adds to that is a column divided by `gamma 0`.
 
 What to expect: a cycle costs gamma draft steps and one step on gamma + 1 tokens per request, and yields the mean acceptance length in
 tokens. It pays where a step's cost hardly grows with its tokens (weights streamed from memory) and the drafter's step is cheap.
@@ -44,6 +45,10 @@ TAIL_LENGTHS = (0.125, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0, 4.0)
 """Of a `tail` row, as shares of TOKENS, repeated over its requests; the last one is long only once, as in the tail of a rollout."""
 
 TAIL = "tail"
+
+SETTLE_S = 1.2
+"""Before each measurement: a process of vLLM's multi-process executor (plain vLLM on a CPU) polls on its core for a second after its last
+step (`SpinCondition`, `distributed/device_communicators/shm_broadcast.py`), and would take it from the other engine."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,7 +191,9 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
 
 def measure_cell(plain: Any, speculating: Any, cell: dict[str, Any], num_tokens: int, is_warm_up: bool) -> None:
     lengths = row_lengths(cell["batch"], num_tokens)
+    time.sleep(SETTLE_S)
     plain_s, _ = timed(plain, lengths, None)
+    time.sleep(SETTLE_S)
     ours_s, (num_drafts, num_accepted) = timed(speculating, lengths, cell["draft"])
     if is_warm_up:
         return

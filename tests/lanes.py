@@ -57,7 +57,7 @@ LONG = ("test_distribution", "test_grpo_end_to_end")
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Engines and trainings first, so that small tests fill the lanes at the end; while one lane makes the warm start, no other needs it."""
+    """Engines and trainings first, so that small tests fill the lanes at the end; while one lane makes the warm start, none needs it."""
     items.sort(
         key=lambda item: (
             "engine" not in item.path.parts and item.get_closest_marker("slow") is None,

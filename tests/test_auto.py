@@ -167,13 +167,18 @@ def test_deciding_takes_microseconds(measured, mode):
         observation = StepObservation(256 - index // 10, 200.0 + 3 * index)
         drafts = ((256, 250, 240), (250, 240, 230))
         steps.append((observation, MeasuredStep(observation.num_decodes, observation.mean_context, 0.02, 0, 3, 3, 256, *drafts)))
-    started_s = time.thread_time()  # of the processor: this machine may be busy
+    decide_s = learn_s = 0.0
     for observation, step in steps:
+        asked_s = time.thread_time()  # of the processor: this machine may be busy
         controller.next_gamma(observation)
+        decided_s = time.thread_time()
         controller.observe(step)
-    spent_s = time.thread_time() - started_s
-    measured(f"{mode}: {1e6 * spent_s / num_steps:.0f} microseconds to decide and to learn from a step, 256 requests")
-    assert spent_s / num_steps < 300e-6  # measured at 10 to 50 on Zen 5, 30 to 150 on Zen 3; a busy machine's processor is slower too
+        decide_s += decided_s - asked_s
+        learn_s += time.thread_time() - decided_s
+    decide_us, learn_us = 1e6 * decide_s / num_steps, 1e6 * learn_s / num_steps
+    measured(f"{mode}: {decide_us:.0f} microseconds to decide, {learn_us:.0f} to learn from the step, 256 requests")
+    assert decide_us < 150  # measured at 5 to 42 on Zen 3, whose processor is slower beside another busy one
+    assert learn_us < 150
 
 
 def test_a_calibration_that_is_wrong_about_plain_steps_is_corrected():

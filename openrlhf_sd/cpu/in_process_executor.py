@@ -17,9 +17,9 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 class InProcessExecutor(UniProcExecutor):
     def _init_executor(self) -> None:
         binding = OMPProcessManager(self.vllm_config)  # reads VLLM_CPU_OMP_THREADS_BIND
-        if binding.auto_setup:
-            torch.set_num_threads(len(binding.cpu_lists[0]) + len(binding.reserved_cpu_list))
-        elif not binding.skip_setup:
-            os.sched_setaffinity(0, binding.cpu_lists[0])  # of this thread, and of those that OpenMP starts from it
-            torch.set_num_threads(len(binding.cpu_lists[0]))
+        if not binding.skip_setup:
+            # One NUMA node's, one logical core of each physical; reserved is what vLLM would have kept for this process beside the worker.
+            cores = [*binding.cpu_lists[0], *binding.reserved_cpu_list]
+            os.sched_setaffinity(0, cores)  # of this thread, and of those that OpenMP starts from it
+            torch.set_num_threads(len(cores))
         super()._init_executor()
