@@ -28,6 +28,7 @@ from typing import Any
 from calib.cell_times import TimedStep
 from calib.sweep_plan import Bout
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
+from openrlhf_sd.cpu.engine_kwargs import IN_PROCESS_EXECUTOR
 
 START_LIMIT_S = 1800.0
 """A large model on a GPU loads, compiles and captures graphs for minutes; half an hour is a hang."""
@@ -184,6 +185,8 @@ def _start(settings: EngineSettings, times_file: Path) -> Any:
         arguments["logprobs_mode"] = "processed_logprobs"  # OpenRLHF's
     if settings.drafter is None:
         arguments |= {"scheduler_cls": step_timing.PLAIN_QUALNAME, "additional_config": {}}
+        if current_platform.is_cpu() and settings.tensor_parallel_size == 1:
+            arguments["distributed_executor_backend"] = IN_PROCESS_EXECUTOR  # as every engine of a training
     else:
         arguments |= engine_args(settings.drafter, settings.model, settings.tensor_parallel_size)
         arguments["scheduler_cls"] = step_timing.SELF_SPEC_QUALNAME

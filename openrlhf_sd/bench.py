@@ -46,10 +46,6 @@ TAIL_LENGTHS = (0.125, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0, 4.0)
 
 TAIL = "tail"
 
-SETTLE_S = 1.2
-"""Before each measurement: a process of vLLM's multi-process executor (plain vLLM on a CPU) polls on its core for a second after its last
-step (`SpinCondition`, `distributed/device_communicators/shm_broadcast.py`), and would take it from the other engine."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m openrlhf_sd.bench", description=__doc__.splitlines()[0])
@@ -191,9 +187,7 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
 
 def measure_cell(plain: Any, speculating: Any, cell: dict[str, Any], num_tokens: int, is_warm_up: bool) -> None:
     lengths = row_lengths(cell["batch"], num_tokens)
-    time.sleep(SETTLE_S)
     plain_s, _ = timed(plain, lengths, None)
-    time.sleep(SETTLE_S)
     ours_s, (num_drafts, num_accepted) = timed(speculating, lengths, cell["draft"])
     if is_warm_up:
         return

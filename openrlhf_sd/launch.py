@@ -27,8 +27,8 @@ from openrlhf_sd import flags, garbage, preflight, provenance, worker_setup
 from openrlhf_sd.config import SelfSpecError, printable
 from openrlhf_sd.controller_states import checkpoint_step, controller_states
 from openrlhf_sd.cpu import platform, ray_start
-from openrlhf_sd.engine_starts import EngineStartError, EngineStarts
 from openrlhf_sd.process_tree import adopt_orphans, end_descendants
+from openrlhf_sd.rollout_starts import EngineStartError, RolloutStarts
 
 if TYPE_CHECKING:
     from openrlhf_sd.rollout_engines import SelfSpecRun
@@ -139,7 +139,7 @@ def train(
     import ray
 
     is_ours = self_spec is not None or run_dir is not None
-    starts = EngineStarts()
+    starts = RolloutStarts()
     if is_ours:
         from openrlhf_sd.rollout_engines import make_create_vllm_engines
 
@@ -173,6 +173,8 @@ def train(
         except KeyboardInterrupt:
             starts.raise_failure()
             raise
+        finally:
+            starts.close()
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -88,9 +88,9 @@ def worker_env_vars(is_alone: bool) -> dict[str, str]:
     """Settings of every Ray worker of the run, for OpenMP and, where one machine is all there is, for gloo, unless the user's
     environment says otherwise.
 
-    vLLM's own thread binding is left at its default, which keeps one core for its scheduler process. Giving that core
-    to the model too brought nothing at best and decode steps 3 times slower at worst (3M and 60M parameters, batch 1
-    to 32, two cores shared with other work).
+    vLLM's own number of threads is left at its default, which keeps one core free of them. Giving that core to the model
+    too, when vLLM's scheduler ran there, brought nothing at best and decode steps 3 times slower at worst (3M and 60M
+    parameters, batch 1 to 32, two cores shared with other work).
     """
     ours = {
         # Ray would give the trainer one OpenMP thread per logical CPU of its actor, that is one.

@@ -12,7 +12,7 @@ def cpu_rollout_actor(upstream_actor: Any) -> Any:
 
     class CpuRolloutActor(upstream_actor.__ray_metadata__.modified_class):
         async def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # Set for the trainer's sake; vLLM binds its threads to cores of their own and keeps its defaults.
+            # Set for the trainer's sake; vLLM leaves a core to others and keeps its defaults.
             os.environ.pop("OMP_WAIT_POLICY", None)
             await super().__init__(*args, **adapt_here(kwargs))
 

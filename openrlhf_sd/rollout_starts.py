@@ -15,11 +15,13 @@ class EngineStartError(RuntimeError):
     """A rollout engine could not start."""
 
 
-class EngineStarts:
-    """Made and asked in the main thread, whose handler of SIGTERM raises KeyboardInterrupt."""
+class RolloutStarts:
+    """Made, asked and closed in the main thread, whose handler of SIGTERM raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self._failure: Exception | None = None
+        self._is_closed = False
+        self._lock = threading.Lock()
 
     def watch(self, engines: list[Any]) -> None:
         """Ray actors that are starting. Returns at once; the main thread is interrupted when one has failed."""
@@ -30,12 +32,20 @@ class EngineStarts:
 
         try:
             ray.get([engine.__ray_ready__.remote() for engine in engines])
-        except ray.exceptions.RayActorError as failure:
-            self._failure = failure
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        except ray.exceptions.RayError as failure:
+            with self._lock:
+                if not self._is_closed:
+                    self._failure = failure
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+    def close(self) -> None:
+        """What fails from now on is being ended, and interrupts nobody."""
+        with self._lock:
+            self._is_closed = True
 
     def raise_failure(self) -> None:
         """For the main thread, interrupted. Raises EngineStartError where it was for an engine."""
         if self._failure is not None:
-            cause = str(self._failure).strip().splitlines()[-1].strip()
+            lines = [line.strip() for line in str(self._failure).splitlines() if line.strip()]
+            cause = next((line for line in reversed(lines) if "Error" in line), lines[-1])
             raise EngineStartError(f"a rollout engine could not start ({cause}); what it printed above says why") from self._failure
