@@ -73,9 +73,11 @@ def run(argv: Sequence[str]) -> int:
     preflight.check(config, run_dir, upstream)
     for warning in preflight.warnings(upstream):
         print(f"openrlhf-sd: warning: {printable(warning)}", file=sys.stderr)
-    if run_dir is not None and vars(upstream)["logger.tensorboard_dir"] is None:
-        # One word: the folder's name may begin with a dash.
-        upstream_argv.append(f"--logger.tensorboard_dir={Path(run_dir).resolve() / 'tensorboard'}")
+    if run_dir is not None:
+        # As they are now: the default of the name has the minute in it. One word each: a name may begin with a dash.
+        tensorboard_dir = vars(upstream)["logger.tensorboard_dir"] or Path(run_dir) / "tensorboard"
+        upstream_argv.append(f"--logger.tensorboard_dir={Path(tensorboard_dir).resolve()}")
+        upstream_argv.append(f"--logger.wandb.run_name={vars(upstream)['logger.wandb.run_name']}")
         upstream = flags.parse_upstream(upstream_argv)
 
     # From here on torch is loaded, and soon the rest: say so before the silence.

@@ -26,7 +26,7 @@ RESPONSE_LENGTH = "train/rollout/response_length_mean"
 TRUNCATED_RATE = "train/rollout/truncated_rate"
 VLLM_KL = "train/vllm_kl"
 
-NO_RECORDS = f"no records yet (neither {METRICS_FILE} nor tensorboard/); let the run finish a step"
+NO_RECORDS = f"no records yet (neither {METRICS_FILE} nor TensorBoard events); let the run finish a step"
 
 STEP_PHASES_S = (ROLLOUT_S, "train/timing/make_experience", "train/timing/ppo_train", BROADCAST_S)
 """The phases of one synchronous step. Their sum is used instead of `timing/step_total`, which upstream computes as the
@@ -89,16 +89,25 @@ def load_run(run_dir: str | Path, may_be_empty: bool = False) -> RunRecords:
     folder = Path(run_dir)
     if not folder.is_dir():
         raise SelfSpecError(f"{folder}: no such run folder; give a folder written with --self-spec.run_dir")
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     notes: list[str] = []
     provenance = _read_provenance(folder / "provenance.json", notes)
     rollouts = read_rollouts(folder / METRICS_FILE, notes)
-    scalars = _read_scalars(folder / "tensorboard", notes)
+    scalars = _read_scalars(events_folder(folder, config), notes)
     if not rollouts and not scalars:
         if not may_be_empty:
             raise SelfSpecError(f"{folder}: {NO_RECORDS}")
         notes.append(NO_RECORDS)
     return RunRecords(folder, config, provenance, rollouts, scalars, notes)
+
+
+def events_folder(run_dir: Path, config: dict[str, Any]) -> Path:
+    """Where OpenRLHF has written this run's TensorBoard events (`TensorboardLogger` in `openrlhf.utils.logging_utils`)."""
+    flags, own = config["openrlhf"], run_dir / "tensorboard"
+    elsewhere, run_name = flags.get("logger.tensorboard_dir"), flags.get("logger.wandb.run_name")
+    if own.exists() or not isinstance(elsewhere, str) or not isinstance(run_name, str):
+        return own
+    return Path(elsewhere) / run_name
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -111,7 +120,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SelfSpecError(f"{path}: missing, so this is no run folder; give a folder written with --self-spec.run_dir")
     config = _read_json(path)
@@ -140,7 +149,7 @@ def _read_scalars(folder: Path, notes: list[str]) -> dict[str, dict[int, float]]
 
     files = sorted(folder.rglob("events.out.tfevents.*"))
     if not files:
-        notes.append("tensorboard/ holds no event files: no trainer times, no rewards")
+        notes.append(f"{folder} holds no event files: no trainer times, no rewards")
     latest: dict[str, dict[int, tuple[float, float]]] = {}  # tag -> step -> (wall time, value)
     repeated_steps, num_not_finite = set(), 0
     for file in files:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from openrlhf_sd.config import SelfSpecError
 from openrlhf_sd.path_names import check_names
-from openrlhf_sd.run_records import load_run
+from openrlhf_sd.run_records import events_folder, load_run, read_config
 from openrlhf_sd.watch_view import Watched, view
 
 DEFAULT_INTERVAL_S = 2.0
@@ -93,7 +93,8 @@ def look(run_dir: Path) -> Watched:
 def signature(run_dir: Path) -> list[tuple[str, int, int]]:
     """Changes with any file that `look` reads."""
     files = [run_dir / name for name in ("config.json", "provenance.json", "metrics.jsonl")]
-    files += (run_dir / "tensorboard").rglob("events.out.tfevents.*")
+    if files[0].is_file():
+        files += events_folder(run_dir, read_config(files[0])).rglob("events.out.tfevents.*")
     found = []
     for file in sorted(files):
         if file.exists():

@@ -72,10 +72,10 @@ def write_description(folder, *, arm="vanilla", self_spec=None, flags=FLAGS, sta
     (folder / "provenance.json").write_text(json.dumps(provenance))
 
 
-def write_events(folder, scalars, run_name="run", first_step=1):
+def write_events(folder, scalars, run_name="run", first_step=1, tensorboard_dir="tensorboard"):
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(log_dir=str(folder / "tensorboard" / run_name))
+    writer = SummaryWriter(log_dir=str(folder / tensorboard_dir / run_name))
     for step, values in enumerate(scalars, start=first_step):
         for tag, value in values.items():
             writer.add_scalar(f"train/{tag}", value, step)

@@ -53,6 +53,14 @@ def test_cut_files_keep_their_whole_records(tmp_path):
     assert any("1 unreadable line" in note for note in run.notes)
 
 
+def test_events_elsewhere_are_this_runs_only(tmp_path):
+    elsewhere = {"logger.tensorboard_dir": str(tmp_path / "all"), "logger.wandb.run_name": "mine"}
+    write_description(tmp_path / "r", flags={**FLAGS, **elsewhere})
+    write_events(tmp_path, [{"timing/generation": 1.0}] * 2, run_name="mine", tensorboard_dir="all")
+    write_events(tmp_path, [{"timing/generation": 9.0}] * 3, run_name="another", tensorboard_dir="all")
+    assert load_run(tmp_path / "r").scalar("train/timing/generation") == {1: 1.0, 2: 1.0}
+
+
 def test_a_running_run_is_only_noted(tmp_path):
     write_description(tmp_path / "r", status="running")
     write_events(tmp_path / "r", [{"timing/generation": 1.0}] * 2)
