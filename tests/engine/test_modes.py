@@ -123,10 +123,10 @@ def test_partial_rollouts(measured, warm_policy, data, tmp_path):
 
 
 def test_a_critic_that_learns_first(measured, warm_policy, data, tmp_path):
-    """PPO with a critic, a reference and two engines. `--critic.freezing_steps`: for two steps only the critic learns, and the same
-    weights are broadcast again."""
+    """PPO with a critic, a reference and two engines. `--critic.freezing_steps 1`: in steps 0 and 1 only the critic learns, and the
+    same weights are broadcast again."""
     run_dir = train(
-        *(tmp_path / "run", warm_policy, data, "--self-spec", "fixed", "--self-spec.gamma", 3, "--critic.freezing_steps", 2),
+        *(tmp_path / "run", warm_policy, data, "--self-spec", "fixed", "--self-spec.gamma", 3, "--critic.freezing_steps", 1),
         *("--algo.advantage.estimator", "gae", "--critic.num_gpus_per_node", 1, "--algo.kl.init_coef", 0.01, "--vllm.num_engines", 2),
         steps=3,
     )
