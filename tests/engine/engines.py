@@ -28,7 +28,8 @@ def plain_engine(model: Path, **overrides: Any) -> Iterator[LLM]:
 
 @contextmanager
 def self_spec_engine(model: Path, config: SelfSpecConfig, **overrides: Any) -> Iterator[LLM]:
-    with _running(model, engine_args(config, model) | overrides) as llm:
+    args = engine_args(config, model, overrides.get("tensor_parallel_size", 1))
+    with _running(model, args | overrides) as llm:
         yield llm
 
 

@@ -10,7 +10,7 @@ from engines import DraftsSince, sampled, self_spec_engine, token_prompts
 from trainer import Trainer, logprob_errors, perturb
 from transformers import AutoModelForCausalLM
 
-from openrlhf_sd import SelfSpecConfig, engine_args
+from openrlhf_sd import SelfSpecConfig
 
 pytestmark = pytest.mark.whole_machine
 
@@ -25,8 +25,7 @@ def test_two_ranks(measured, quant, untied_policy, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{second}")
     model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
     config = SelfSpecConfig(mode="fixed", gamma=3, quant=quant)
-    sharded = {"tensor_parallel_size": 2, **engine_args(config, untied_policy, tensor_parallel_size=2)}
-    with self_spec_engine(untied_policy, config, **sharded) as llm:
+    with self_spec_engine(untied_policy, config, tensor_parallel_size=2) as llm:
         trainer = Trainer(llm)
         for sync in range(2):
             drafts = DraftsSince(llm)
