@@ -1,7 +1,7 @@
 """A rollout engine that cannot start ends the run.
 
-OpenRLHF creates its engines without waiting for them; the policy's trainer then waits for them to join its process group, half an hour and
-more, also for one whose process has ended with an error.
+OpenRLHF creates its engines without waiting for them; the policy's trainer then waits for them to join its process group, for minutes, also
+for one whose process has ended with an error (after seven it was still waiting).
 """
 
 from __future__ import annotations
