@@ -30,7 +30,7 @@ from calib.command_line import CommandParser, number
 from calib.device import device_name, read_model_config
 from openrlhf_sd.calibration import FORMAT, Calibration, check_matches, load, shipped, shipped_paths
 from openrlhf_sd.config import DEFAULT_QUANT, QUANT_SCHEMES, SelfSpecError
-from openrlhf_sd.cpu.engine_kwargs import IN_PROCESS_EXECUTOR
+from openrlhf_sd.cpu.engine_kwargs import IN_PROCESS_EXECUTOR, PLAIN_WORKER
 from openrlhf_sd.engine.compat import installed_version
 from openrlhf_sd.policy.cost_model import Terms
 from openrlhf_sd.policy.model_constants import model_constants
@@ -111,7 +111,9 @@ def sweep_key(identity: dict[str, Any], model_config: dict[str, Any], logprobs: 
         "logprobs": logprobs,
         "torch_compile": os.environ.get("TORCH_COMPILE_DISABLE", "0") != "1",  # vLLM's sampler compiles whatever the engine does
         "model": model_constants(model_config, identity["tensor_parallel_size"]).to_dict(),
-        "executor": IN_PROCESS_EXECUTOR,  # on a CPU; before there was one, a step took messages to another process
+        # On a CPU. Before there was the first, a step took messages to another process; before the second, another time without AVX-512.
+        "executor": IN_PROCESS_EXECUTOR,
+        "worker": PLAIN_WORKER,
         "versions": {package: installed_version(package) for package in ("vllm", "torch")} | {"openrlhf_sd": _own_version()},
     }
     return _digest(ingredients)

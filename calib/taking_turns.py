@@ -17,7 +17,7 @@ MAX_ROUNDS = 40
 """Of fast models: more rounds would not narrow a median below what the machine drifts."""
 
 SETTLE_S = 0.03
-"""vLLM's CPU worker polls this long for its next call (`step_timing.prepare_on_cpu`), on the core that the other engine is
+"""vLLM's CPU worker polls this long for its next call (`cpu/worker.py`), on the core that the other engine is
 measured on."""
 
 MAX_CONTEXT_ERROR = 0.2

@@ -28,7 +28,7 @@ from typing import Any
 from calib.cell_times import TimedStep
 from calib.sweep_plan import Bout
 from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
-from openrlhf_sd.cpu.engine_kwargs import IN_PROCESS_EXECUTOR
+from openrlhf_sd.cpu.engine_kwargs import IN_PROCESS_EXECUTOR, PLAIN_WORKER
 
 START_LIMIT_S = 1800.0
 """A large model on a GPU loads, compiles and captures graphs for minutes; half an hour is a hang."""
@@ -81,7 +81,6 @@ class TimingEngine:
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
                     "VLLM_NO_USAGE_STATS": "1",
-                    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function sent to our own worker
                 },
             )
         self._send(settings)
@@ -185,16 +184,15 @@ def _start(settings: EngineSettings, times_file: Path) -> Any:
         arguments["logprobs_mode"] = "processed_logprobs"  # OpenRLHF's
     if settings.drafter is None:
         arguments |= {"scheduler_cls": step_timing.PLAIN_QUALNAME, "additional_config": {}}
-        if current_platform.is_cpu() and settings.tensor_parallel_size == 1:
-            arguments["distributed_executor_backend"] = IN_PROCESS_EXECUTOR  # as every engine of a training
+        if current_platform.is_cpu():  # as every engine of a training
+            arguments["worker_cls"] = PLAIN_WORKER
+            if settings.tensor_parallel_size == 1:
+                arguments["distributed_executor_backend"] = IN_PROCESS_EXECUTOR
     else:
         arguments |= engine_args(settings.drafter, settings.model, settings.tensor_parallel_size)
         arguments["scheduler_cls"] = step_timing.SELF_SPEC_QUALNAME
     arguments["additional_config"] |= {step_timing.TIMES_FILE_ARG: str(times_file)}
-    llm = LLM(settings.model, **arguments)
-    if current_platform.is_cpu():
-        llm.collective_rpc(step_timing.prepare_on_cpu)
-    return llm
+    return LLM(settings.model, **arguments)
 
 
 def _play(llm: Any, number: int, times_file: Path, bout: Bout, logprobs: int) -> list[list[float]]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="on a CPU: both engines under torch.compile, as without enforce_eager")
     parser.add_argument("--out", type=Path, default=None, help="folder for bench.json")
     args = parser.parse_args(argv)
+    # vLLM ends its engines when Python ends, which SIGTERM by itself does not wait for.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         bench(args)
     except SelfSpecError as error:
@@ -133,8 +135,8 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
     from vllm.platforms import current_platform
 
     from openrlhf_sd import SelfSpecConfig, engine_args
+    from openrlhf_sd.cpu.engine_kwargs import PLAIN_WORKER
     from openrlhf_sd.engine.scripted_gamma import QUALNAME
-    from openrlhf_sd.engine.step_timing import prepare_on_cpu
 
     sizes = {
         "max_model_len": 512,
@@ -160,13 +162,9 @@ def measure(model: Path, quant: str, args: argparse.Namespace, console: Any) -> 
         config = SelfSpecConfig(mode="fixed", gamma=gamma, quant=quant)
     console.print(f"{model.name}, drafter {quant}: starting two engines (under a minute)", style="bold")
     ours = engine_args(config, model) | {"scheduler_cls": QUALNAME}
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for the call of prepare_on_cpu
-    plain = LLM(str(model), **sizes)
+    plain = LLM(str(model), **sizes, **({"worker_cls": PLAIN_WORKER} if current_platform.is_cpu() else {}))
     speculating = LLM(str(model), **sizes, **ours)
     try:
-        if current_platform.is_cpu():
-            for engine in (plain, speculating):
-                engine.collective_rpc(prepare_on_cpu)
         requantize_s = [speculating.collective_rpc("self_spec_requantize_checkpoint")[0] for _ in range(3)]
         cells = [
             {"batch": batch, "draft": draft, "ratios": [], "plain_tokens_per_s": [], "tokens_per_s": [], "accepted": [0, 0]}

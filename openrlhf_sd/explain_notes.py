@@ -9,6 +9,7 @@ from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.explain_memory import VERIFY_TENSORS, MemoryPlan
 from openrlhf_sd.explain_region import Region
 from openrlhf_sd.gpus import Gpu
+from openrlhf_sd.provenance import lacks_avx512
 
 
 def notes(
@@ -49,6 +50,11 @@ def _memory(flags: dict[str, Any], gpu: Gpu | None, plan: MemoryPlan) -> Iterato
         )
     if gpu is not None:
         yield from _shared_gpus(flags, plan)
+    elif lacks_avx512():
+        yield (
+            "weights: without AVX-512 an engine multiplies in float32 and keeps a copy of the policy for it, "
+            f"{2 * plan.policy_bytes / 1e9:.2f} GB beside what is counted above"
+        )
 
 
 def _shared_gpus(flags: dict[str, Any], plan: MemoryPlan) -> Iterator[str]:

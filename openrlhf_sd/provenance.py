@@ -152,6 +152,11 @@ def cpu_model(cpuinfo: str) -> str | None:
     return f"{first['model name']} (family {first.get('cpu family')}, model {first.get('model')}, {instructions})"
 
 
+def lacks_avx512() -> bool:
+    """Whether this processor is an x86 without it; engines then keep float32 weights (`cpu/float32_linears.py`)."""
+    return _cpu_model().endswith(f"{INSTRUCTIONS['avx2']})")
+
+
 def _gpu_names() -> list[str]:
     # Not through torch: asking it would make a CUDA context in the driver.
     if shutil.which("nvidia-smi") is None:

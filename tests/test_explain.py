@@ -8,7 +8,7 @@ import pytest
 from explained_models import LLAMA_8B, QWEN_7B
 
 from calib import device
-from openrlhf_sd import explain, flags, gpus, launch
+from openrlhf_sd import explain, flags, gpus, launch, provenance
 from openrlhf_sd.config import SelfSpecError
 
 
@@ -163,6 +163,17 @@ def test_a_model_that_cannot_be_counted_stops_speculation_but_not_a_vanilla_run(
     assert "not counted: model config: num_local_experts says mixture of experts" in capsys.readouterr().out
     assert launch.main(as_argv(ON_A100 | run_flags | {"--self-spec": "auto"})) == 2
     assert "not MixtralForCausalLM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("instructions", "is_said"), [("AVX2", True), ("AVX-512 with bf16", False)])
+def test_a_cpu_without_avx512_holds_the_policy_in_float32_too(run_flags, capsys, monkeypatch, tmp_path, instructions, is_said):
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    monkeypatch.setattr(provenance, "_cpu_model", lambda: f"A CPU (family 25, model 1, {instructions})")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _, explained = as_json(capsys, run_flags)
+    copies = [note for note in explained["notes"] if note.startswith("weights: without AVX-512")]
+    assert bool(copies) == is_said
+    assert not is_said or f"{2 * explained['memory']['policy_bytes'] / 1e9:.2f} GB" in copies[0]
 
 
 def test_without_a_gpu_it_is_about_this_cpu(run_flags, capsys, monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ UPSTREAM_WORKER_EXTENSION = "openrlhf.trainer.ray.vllm_worker_wrap.WorkerWrap"
 CPU_WORKER_EXTENSION = "openrlhf_sd.cpu.weight_sync.CpuWorkerWrap"
 
 IN_PROCESS_EXECUTOR = "openrlhf_sd.cpu.in_process_executor.InProcessExecutor"
+PLAIN_WORKER = "openrlhf_sd.cpu.worker.PlainCpuWorker"
 
 KV_CACHE_FRACTION = 0.25
 """Of the memory free at the start, times `gpu_memory_utilization`. On a GPU an engine owns its card; here it shares the
@@ -25,13 +26,15 @@ def cpu_engine_kwargs(kwargs: dict[str, Any], available_bytes: int, kv_bytes_per
     alone.
 
     Args:
-        kwargs: keyword arguments of OpenRLHF's RolloutRayActor. A worker extension and an executor other than upstream's own are kept.
+        kwargs: keyword arguments of OpenRLHF's RolloutRayActor. A worker, a worker extension and an executor other than upstream's own are
+            kept.
         available_bytes: memory free on this machine now.
         kv_bytes_per_token: keys and values of all layers; see `kv_bytes_per_token`.
     """
     adapted = dict(kwargs)
     if adapted.get("worker_extension_cls") == UPSTREAM_WORKER_EXTENSION:
         adapted["worker_extension_cls"] = CPU_WORKER_EXTENSION
+    adapted.setdefault("worker_cls", PLAIN_WORKER)
     if adapted.get("distributed_executor_backend") == "uni":
         adapted["distributed_executor_backend"] = IN_PROCESS_EXECUTOR  # for which vLLM would take "mp"
     # vLLM refuses the option on the CPU; its calls to sleep and wake up it takes, and keeps weights and cache where they are.

@@ -13,7 +13,6 @@ import time
 import torch
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 from vllm.config import set_current_vllm_config
-from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -21,12 +20,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
-from openrlhf_sd.cpu import bf16_products
 from openrlhf_sd.cpu.gloo_broadcast import GlooBroadcastGroup
 from openrlhf_sd.reload_warnings import not_missing, without_parameters
-
-BUSY_WAIT_S = 0.02
-"""Longer than the pauses between the steps of a rollout, or between two parameters of a broadcast."""
 
 
 class CpuWorkerWrap(WorkerWrap):
@@ -58,7 +53,6 @@ class CpuWorkerWrap(WorkerWrap):
             raise ValueError("--vllm.sync_with_ray: vLLM's CPU worker is no Ray actor; drop it")
         rank = torch.distributed.get_rank() + rank_offset
         self._sync_group = GlooBroadcastGroup(master_address, master_port, rank, world_size)
-        prepare_engine_process()
 
     def update_weight(self, name: str, dtype: torch.dtype, shape: torch.Size, empty_cache: bool = False) -> None:
         """Receive one parameter of the policy from rank 0. OpenRLHF passes `empty_cache` with the last one of a
@@ -96,22 +90,6 @@ class CpuWorkerWrap(WorkerWrap):
             # Its weight is the embedding's and has just been loaded, but no parameter of the head's own name came, so
             # nothing packed it again: without this it goes on multiplying with its packed copy of the old embedding.
             head.quant_method.process_weights_after_loading(head)
-
-
-def prepare_engine_process() -> None:
-    """What every engine of a training, and of a measurement, has on the CPU. Idempotent."""
-    bf16_products.install()
-    _sleep_soon_when_idle()
-
-
-def _sleep_soon_when_idle() -> None:
-    """vLLM's worker polls for its next call for a second before it sleeps: on a core the trainer, next in turn, is waiting
-    for, or another engine that takes turns with it in a measurement.
-
-    Set on the class, over the value each instance keeps: the worker's queue exists already and is out of reach from
-    here.
-    """
-    SpinCondition.busy_loop_s = property(lambda self: BUSY_WAIT_S, lambda self, value: None)
 
 
 def _tied_lm_heads(model: torch.nn.Module) -> list[ParallelLMHead]:

@@ -27,7 +27,6 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from openrlhf_sd.config import SelfSpecConfig
-from openrlhf_sd.cpu.weight_sync import prepare_engine_process
 from openrlhf_sd.engine.scheduler import PlatformScheduler, SelfSpecScheduler
 from openrlhf_sd.policy.controller import FixedController
 from openrlhf_sd.policy.observation import StepObservation
@@ -113,12 +112,6 @@ class _Script(FixedController):
 class TimedSelfSpecScheduler(_StepTiming, SelfSpecScheduler):
     def make_controller(self, config: SelfSpecConfig) -> _Script:
         return _Script(self)
-
-
-def prepare_on_cpu(worker) -> None:
-    """An RPC for CPU engines, which are timed as they run under a trainer. Without it vLLM's worker polls for its next call for a second
-    before it sleeps, on the very core on which the other engine of a sweep is being timed."""
-    prepare_engine_process()
 
 
 PLAIN_QUALNAME = f"{__name__}.{TimedPlainScheduler.__qualname__}"

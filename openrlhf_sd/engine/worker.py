@@ -172,18 +172,15 @@ def _skipping_gamma_0(propose_draft_token_ids):
 
 
 if current_platform.is_cpu():
-    from vllm.v1.worker.cpu_worker import CPUWorker
-
-    from openrlhf_sd.cpu import bf16_products
     from openrlhf_sd.cpu.memory import give_freed_memory_back
+    from openrlhf_sd.cpu.worker import PlainCpuWorker
     from openrlhf_sd.engine import cpu_int4, cpu_int8, cpu_repairs
 
-    class SelfSpecWorker(_SelfSpecWorking, CPUWorker):
+    class SelfSpecWorker(_SelfSpecWorking, PlainCpuWorker):
         def init_device(self) -> None:
             cpu_repairs.install()
             cpu_int4.install()
             cpu_int8.install()
-            bf16_products.install()
             super().init_device()
 
         def self_spec_finish_sync(self) -> None:

@@ -11,7 +11,7 @@ from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
 from openrlhf_sd import SelfSpecConfig, engine_args
-from openrlhf_sd.engine.step_timing import prepare_on_cpu
+from openrlhf_sd.cpu.engine_kwargs import PLAIN_WORKER
 
 SIZES = {"max_model_len": 512, "kv_cache_memory_bytes": 128 << 20, "max_num_seqs": 64, "dtype": "bfloat16"}
 """Fixed, so that a plain and a self-speculating engine must end up with the same KV cache."""
@@ -19,10 +19,9 @@ SIZES = {"max_model_len": 512, "kv_cache_memory_bytes": 128 << 20, "max_num_seqs
 
 @contextmanager
 def plain_engine(model: Path, **overrides: Any) -> Iterator[LLM]:
-    """Plain vLLM. On a CPU without AVX-512 with its matrix products by `cpu.bf16_products`, as in every training."""
-    with _running(model, overrides) as llm:
-        if current_platform.is_cpu():
-            call(llm, prepare_on_cpu)
+    """Plain vLLM. On a CPU without AVX-512 with its matrix products in float32, as in every training."""
+    worker = {"worker_cls": PLAIN_WORKER} if current_platform.is_cpu() else {}
+    with _running(model, worker | overrides) as llm:
         yield llm
 
 

@@ -1,0 +1,63 @@
+"""vLLM's bf16 linears in float32, where the processor has no instructions for bf16."""
+
+import pytest
+import torch
+from vllm.model_executor.layers import utils
+from vllm.platforms import current_platform
+
+from openrlhf_sd.cpu import float32_linears
+
+pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU build only")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    current_platform.import_kernels()
+
+
+def layer_of(weight: torch.Tensor) -> torch.nn.Module:
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 130])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_product_is_that_in_float32_rounded_once(rows, has_bias) -> None:
+    torch.manual_seed(0)
+    layer = layer_of(torch.randn(48, 64).bfloat16())
+    bias = torch.randn(48).bfloat16() if has_bias else None
+    float32_linears.dispatch(layer, remove_weight=True)
+    x = torch.randn(rows, 64).bfloat16()
+    got = layer.cpu_linear(x, layer.weight, bias)
+    exact = torch.nn.functional.linear(x.float(), layer.weight.float(), None if bias is None else bias.float())
+    assert got.dtype is torch.bfloat16
+    # One rounding to 8 bits; a bias is added before it, but for PyTorch's single row, which rounds twice.
+    assert torch.allclose(got.float(), exact, rtol=2**-7, atol=2**-6)
+    assert torch.equal(layer.cpu_linear(x.view(1, rows, 64), layer.weight, bias)[0], got)
+
+
+def test_new_weights_are_packed_anew() -> None:
+    layer = layer_of(torch.ones(16, 32).bfloat16())
+    float32_linears.dispatch(layer, remove_weight=True)
+    layer.weight.data = torch.full((16, 32), 2.0).bfloat16()
+    float32_linears.dispatch(layer, remove_weight=True)
+    for rows in (1, 3):
+        assert layer.cpu_linear(torch.ones(rows, 32).bfloat16(), layer.weight, None).eq(64).all()
+
+
+def test_what_is_not_bf16_is_left_to_vllm() -> None:
+    layer = layer_of(torch.randn(48, 64))
+    float32_linears.dispatch(layer, remove_weight=False)
+    assert not isinstance(layer.cpu_linear, float32_linears.Float32Linear)
+    assert torch.allclose(layer.cpu_linear(torch.ones(3, 64), layer.weight, None), layer.weight.sum(1).expand(3, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_installed_only_where_the_processor_has_no_bf16(monkeypatch, has_bf16) -> None:
+    upstream = utils.dispatch_cpu_unquantized_gemm
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", upstream)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    float32_linears.install()
+    float32_linears.install()
+    assert utils.dispatch_cpu_unquantized_gemm is (upstream if has_bf16 else float32_linears.dispatch)
