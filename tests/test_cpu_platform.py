@@ -91,6 +91,7 @@ def test_engine_computes_with_the_new_weights_after_two_broadcasts(start_engine,
     model, llm = start_engine(tied, enforce_eager)
     trainer = Trainer(llm)
     assert logprob_error(llm, model) < 0.02
+    assert llm.collective_rpc(linears_in_float32) == [not torch.ops.mkldnn._is_mkldnn_bf16_supported()]
     for seed in (1, 2):
         perturb(model, scale=0.5, seed=seed)
         assert logprob_error(llm, model) > 0.1  # the changes are large enough to see a stale weight
@@ -117,6 +118,17 @@ def logprob_error(llm, model) -> float:
     return logprob_errors(model, outputs).mean().item()
 
 
+def linears_in_float32(worker) -> bool:
+    from openrlhf_sd.cpu.float32_linears import Float32Linear
+
+    model = worker.model_runner.get_model()
+    products = [layer.cpu_linear for layer in model.modules() if hasattr(layer, "cpu_linear") and layer is not model.model.embed_tokens]
+    assert len(products) == 4 * 2 + 1  # of two layers and the output head
+    assert not isinstance(model.model.embed_tokens.cpu_linear, Float32Linear)  # memory for nothing
+    [all_of_them] = {isinstance(product, Float32Linear) for product in products}
+    return all_of_them
+
+
 def forget_tied_heads(worker) -> None:
     worker._sync_tied_heads.clear()
 
@@ -125,20 +137,28 @@ def forget_tied_heads(worker) -> None:
 
 
 def test_engine_kwargs_are_sized_for_shared_memory_and_keep_other_extensions():
-    from openrlhf_sd.cpu.engine_kwargs import CPU_WORKER_EXTENSION, IN_PROCESS_EXECUTOR, UPSTREAM_WORKER_EXTENSION, cpu_engine_kwargs
+    from openrlhf_sd.cpu.engine_kwargs import (
+        CPU_WORKER_EXTENSION,
+        IN_PROCESS_EXECUTOR,
+        PLAIN_WORKER,
+        UPSTREAM_WORKER_EXTENSION,
+        cpu_engine_kwargs,
+    )
 
     upstream = {"worker_extension_cls": UPSTREAM_WORKER_EXTENSION, "gpu_memory_utilization": 0.5, "max_model_len": 896}
     upstream |= {"distributed_executor_backend": "uni"}
     adapted = cpu_engine_kwargs(upstream, available_bytes=16 << 30, kv_bytes_per_token=1024)
     assert adapted["worker_extension_cls"] == CPU_WORKER_EXTENSION
     assert adapted["distributed_executor_backend"] == IN_PROCESS_EXECUTOR
+    assert adapted["worker_cls"] == PLAIN_WORKER
     # 128 requests x (896 + 128) tokens x 1024 bytes = 128 MiB, less than 16 GiB x 0.25 x 0.5
     assert adapted["kv_cache_memory_bytes"] == 128 << 20
     assert cpu_engine_kwargs(adapted, 1 << 29, 1024) == adapted
     # 0.5 GiB x 0.25 x 0.5 = 64 MiB is all there is
     assert cpu_engine_kwargs(upstream, 1 << 29, 1024)["kv_cache_memory_bytes"] == 64 << 20
-    other = {**upstream, "worker_extension_cls": "a.b.C"}
+    other = {**upstream, "worker_extension_cls": "a.b.C", "worker_cls": "a.b.Worker"}
     assert cpu_engine_kwargs(other, 1 << 30, 1024)["worker_extension_cls"] == "a.b.C"
+    assert cpu_engine_kwargs(other, 1 << 30, 1024)["worker_cls"] == "a.b.Worker"
     two_ranks = {**upstream, "distributed_executor_backend": "ray"}
     assert cpu_engine_kwargs(two_ranks, 1 << 30, 1024)["distributed_executor_backend"] == "ray"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers import utils
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 NUM_PRIMITIVES = 128
 """Numbers of rows that a linear keeps its kernel for; gamma and the batch change them all the time."""
@@ -28,7 +29,8 @@ _dispatch_upstream = utils.dispatch_cpu_unquantized_gemm
 def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
     """As `utils.dispatch_cpu_unquantized_gemm`: chooses the product of a layer whose weight has just been loaded."""
     weight = layer.weight
-    if weight.is_meta or weight.ndim != 2 or weight.dtype is not torch.bfloat16:
+    is_looked_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)  # never multiplied with
+    if is_looked_up or weight.is_meta or weight.ndim != 2 or weight.dtype is not torch.bfloat16:
         _dispatch_upstream(layer, remove_weight)
         return
     layer.cpu_linear = Float32Linear(weight.detach())
