@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.command_line import CommandParser, number
-from calib.device import device_name, read_model_config
+from calib.device import device_name, has_gpu, read_model_config
 from openrlhf_sd.calibration import FORMAT, Calibration, check_matches, load, shipped, shipped_paths
 from openrlhf_sd.config import DEFAULT_QUANT, QUANT_SCHEMES, SelfSpecError
 from openrlhf_sd.cpu.engine_kwargs import IN_PROCESS_EXECUTOR, PLAIN_WORKER
@@ -111,9 +111,8 @@ def sweep_key(identity: dict[str, Any], model_config: dict[str, Any], logprobs: 
         "logprobs": logprobs,
         "torch_compile": os.environ.get("TORCH_COMPILE_DISABLE", "0") != "1",  # vLLM's sampler compiles whatever the engine does
         "model": model_constants(model_config, identity["tensor_parallel_size"]).to_dict(),
-        # On a CPU. Before there was the first, a step took messages to another process; before the second, another time without AVX-512.
-        "executor": IN_PROCESS_EXECUTOR,
-        "worker": PLAIN_WORKER,
+        "executor": IN_PROCESS_EXECUTOR,  # on a CPU; before there was one, a step took messages to another process
+        **({} if has_gpu() else {"worker": PLAIN_WORKER, "int8": "fbgemm"}),  # without AVX-512, or VNNI, other kernels than before
         "versions": {package: installed_version(package) for package in ("vllm", "torch")} | {"openrlhf_sd": _own_version()},
     }
     return _digest(ingredients)

@@ -61,12 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="folder for bench.json")
     args = parser.parse_args(argv)
     # vLLM ends its engines when Python ends, which SIGTERM by itself does not wait for.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         bench(args)
     except SelfSpecError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -52,7 +52,7 @@ def _memory(flags: dict[str, Any], gpu: Gpu | None, plan: MemoryPlan) -> Iterato
         yield from _shared_gpus(flags, plan)
     elif lacks_avx512():
         yield (
-            "weights: without AVX-512 an engine multiplies in float32 and keeps a copy of the policy for it, up to "
+            "weights: without AVX-512 an engine multiplies in float32 and keeps a copy of every bf16 weight for it: of the policy, up to "
             f"{2 * plan.policy_bytes / 1e9:.2f} GB beside what is counted above"
         )
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from vllm.model_executor.layers import utils
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
 from openrlhf_sd.cpu import float32_linears
@@ -53,11 +54,36 @@ def test_what_is_not_bf16_is_left_to_vllm() -> None:
     assert torch.allclose(layer.cpu_linear(torch.ones(3, 64), layer.weight, None), layer.weight.sum(1).expand(3, -1), atol=1e-4)
 
 
-@pytest.mark.parametrize("has_bf16", [False, True])
-def test_installed_only_where_the_processor_has_no_bf16(monkeypatch, has_bf16) -> None:
-    upstream = utils.dispatch_cpu_unquantized_gemm
-    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", upstream)
+def test_compiled_it_chooses_by_the_rows_of_every_call_and_rounds_between_linears() -> None:
+    torch.manual_seed(0)
+    first, second = layer_of(torch.randn(64, 64).bfloat16()), layer_of(torch.randn(64, 64).bfloat16())
+    for layer in (first, second):
+        float32_linears.dispatch(layer, remove_weight=True)
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        return second.cpu_linear(first.cpu_linear(x, first.weight, None), second.weight, None)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 7, 1):
+        x = torch.randn(rows, 64).bfloat16()
+        assert torch.equal(compiled(x), both(x))
+    float32_linears.dispatch(second, remove_weight=True)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(compiled(x), both(x))
+
+
+@pytest.mark.parametrize("machine, has_bf16, needed", [("x86_64", False, True), ("x86_64", True, False), ("aarch64", False, False)])
+def test_they_are_for_an_x86_without_bf16(monkeypatch, machine, has_bf16, needed) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(float32_linears.platform, "machine", lambda: machine)
+    assert float32_linears.are_needed() == needed
+
+
+def test_installed_they_are_what_vllm_dispatches_to(monkeypatch) -> None:
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
     float32_linears.install()
     float32_linears.install()
-    assert utils.dispatch_cpu_unquantized_gemm is (upstream if has_bf16 else float32_linears.dispatch)
+    layer = layer_of(torch.randn(16, 32).bfloat16())
+    UnquantizedLinearMethod().process_weights_after_loading(layer)
+    assert isinstance(layer.cpu_linear, float32_linears.Float32Linear)
+    assert layer.weight.shape == (16, 32)  # for one row

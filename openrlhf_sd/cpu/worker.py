@@ -10,11 +10,17 @@ from openrlhf_sd.cpu import bf16_products, float32_linears
 BUSY_WAIT_S = 0.02
 """Longer than the pauses between the steps of a rollout, or between two parameters of a broadcast."""
 
+LINEARS_ARG = "openrlhf_sd_linears"
+"""Key in `additional_config`, which vLLM's digest of a compiled graph holds: one made without our linears is not this engine's, nor one
+made with them another's."""
+
 
 class PlainCpuWorker(CPUWorker):
     def init_device(self) -> None:
         bf16_products.install()
-        float32_linears.install()
+        if float32_linears.are_needed():
+            float32_linears.install()
+            self.vllm_config.additional_config[LINEARS_ARG] = "float32"
         _sleep_soon_when_idle()
         super().init_device()
 
@@ -23,7 +29,6 @@ def _sleep_soon_when_idle() -> None:
     """A worker in a process of its own polls for its next call for a second before it sleeps: on a core the trainer, next in turn, is
     waiting for, or another engine that takes turns with it in a measurement.
 
-    Set on the class, over the value each instance keeps: the worker's queue exists already and is out of reach from
-    here.
+    Set on the class, over the value each instance keeps: vLLM makes the worker's queue, with a value of its own, later.
     """
     SpinCondition.busy_loop_s = property(lambda self: BUSY_WAIT_S, lambda self, value: None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -16,6 +18,15 @@ pytestmark = pytest.mark.whole_machine
 def test_a_model_that_is_nowhere_is_one_line(capsys):
     assert bench.main(["--models", "nowhere", "--quant", "w8a8"]) == 2
     assert capsys.readouterr().err.startswith("bench: error: model: 'nowhere' holds no readable config.json")
+
+
+def test_sigterm_ends_it_the_way_that_vllm_ends_its_engines_in(monkeypatch):
+    monkeypatch.setattr(bench, "bench", lambda args: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        bench.main([])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_bench_compares_with_plain_vllm(untied_policy, tmp_path):
