@@ -29,8 +29,9 @@ from typing import Any
 from calib.command_line import CommandParser, number
 from calib.device import device_name, has_gpu, read_model_config
 from openrlhf_sd.calibration import FORMAT, Calibration, check_matches, load, shipped, shipped_paths
-from openrlhf_sd.config import DEFAULT_QUANT, QUANT_SCHEMES, SelfSpecError
+from openrlhf_sd.config import QUANT_SCHEMES, SelfSpecError
 from openrlhf_sd.cpu.engine_kwargs import IN_PROCESS_EXECUTOR, PLAIN_WORKER
+from openrlhf_sd.drafter_scheme import default_quant
 from openrlhf_sd.engine.compat import installed_version
 from openrlhf_sd.policy.cost_model import Terms
 from openrlhf_sd.policy.model_constants import model_constants
@@ -190,7 +191,8 @@ def _parser() -> CommandParser:
     parser = CommandParser("calib.automatic", __doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name of the policy")
     parser.add_argument("--logprobs", type=number(int, 0, 20), default=0, metavar="N", help="as in calib.sweep (default: 0)")
-    parser.add_argument("--quant", choices=QUANT_SCHEMES, default=DEFAULT_QUANT, help="drafter weights (default: %(default)s)")
+    scheme = default_quant(has_gpu())
+    parser.add_argument("--quant", choices=QUANT_SCHEMES, default=scheme, help="drafter weights (default here: %(default)s)")
     parser.add_argument("--tensor-parallel-size", type=number(int, 1, 64), default=1, metavar="N", help="GPUs of an engine (default: 1)")
     return parser
 

@@ -36,7 +36,8 @@ from calib.sweep_csv import SweepRow, append, read_rows
 from calib.sweep_plan import Cell
 from calib.taking_turns import TakingTurns
 from calib.timing_engine import EngineSettings, TimingEngine
-from openrlhf_sd.config import DEFAULT_QUANT, MAX_GAMMA, QUANT_SCHEMES, SelfSpecConfig, SelfSpecError
+from openrlhf_sd.config import MAX_GAMMA, QUANT_SCHEMES, SelfSpecConfig, SelfSpecError
+from openrlhf_sd.drafter_scheme import default_quant
 from openrlhf_sd.explain_memory import FP32_BYTES, VERIFY_TENSORS
 from openrlhf_sd.path_names import check_names
 from openrlhf_sd.policy.model_constants import ModelConstants
@@ -306,11 +307,14 @@ def running(plain: EngineSettings, self_spec: EngineSettings, out: Path) -> Iter
 
 
 def _parser() -> CommandParser:
+    from calib.device import has_gpu
+
     parser = CommandParser("calib.sweep", __doc__)
     count = numbers(int, 1, math.inf)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name of the policy")
     parser.add_argument("--out", required=True, type=Path, metavar="S.csv", help="written row by row; continued if it is there")
-    parser.add_argument("--quant", choices=QUANT_SCHEMES, default=DEFAULT_QUANT, help="drafter weights (default: %(default)s)")
+    scheme = default_quant(has_gpu())
+    parser.add_argument("--quant", choices=QUANT_SCHEMES, default=scheme, help="drafter weights (default here: %(default)s)")
     parser.add_argument("--tensor-parallel-size", type=number(int, 1, 64), default=1, metavar="N", help="GPUs of an engine (default: 1)")
     for flag, kind, what in (
         ("--batches", count, "decoding requests (default: up to 16 on a CPU, 64 on a GPU)"),

@@ -29,9 +29,6 @@ activations per token. none: an unquantized copy, accepted 100% by construction;
 MAX_GAMMA = 16
 """The paper sweeps to 15. vLLM's rejection sampler allows 128, but each unit costs draft slots for every request."""
 
-DEFAULT_QUANT = "w4"
-"""CPU: by measurement (docs/measurements.md, "Speed of the engine alone"). CUDA: the paper's scheme; not measured by us yet."""
-
 GROUP_SIZES = (128, 64, 32)
 """Of w4, largest first; what the kernels have in common: Marlin on CUDA, PyTorch's int4 kernel on CPU."""
 
@@ -70,7 +67,7 @@ class SelfSpecConfig:
     )
     quant: str | None = field(
         default=None,
-        metadata={"help": "Drafter weights: w4, w8a8 or none. Default: w4. w8a8 drafts better where weights are in the cache."},
+        metadata={"help": "Drafter weights: w4, w8a8 or none. Default: w4; on a CPU without AVX-512, where it is the faster one, w8a8."},
     )
     group_size: int | None = field(
         default=None,

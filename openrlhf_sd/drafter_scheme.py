@@ -5,20 +5,27 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from openrlhf_sd.config import DEFAULT_QUANT, GROUP_SIZES, SelfSpecConfig, SelfSpecError
+from openrlhf_sd.config import GROUP_SIZES, SelfSpecConfig, SelfSpecError
+from openrlhf_sd.provenance import lacks_avx512
 
 
-def resolve_scheme(config: SelfSpecConfig, in_features: tuple[int, ...]) -> SelfSpecConfig:
+def default_quant(on_gpu: bool) -> str:
+    """CPU: by measurement (docs/measurements.md, "Speed of the engine alone"). GPU: the paper's scheme; not measured by us yet."""
+    return "w8a8" if not on_gpu and lacks_avx512() else "w4"
+
+
+def resolve_scheme(config: SelfSpecConfig, in_features: tuple[int, ...], on_gpu: bool) -> SelfSpecConfig:
     """Fill in scheme and group size.
 
     Args:
         in_features: input widths of the quantized linears per tensor-parallel rank, see `linear_input_widths`.
+        on_gpu: where the engine is; without a GPU it is this machine.
 
     Raises:
         SelfSpecError: the group size does not fit the model, or none does.
     """
-    quant = config.quant or DEFAULT_QUANT
     group_size = config.group_size
+    quant = config.quant or (default_quant(on_gpu) if group_size is None else "w4")  # only w4 has groups
     if quant == "w4":
         if group_size is None:
             group_size = default_group_size(in_features)

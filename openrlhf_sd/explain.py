@@ -105,7 +105,7 @@ def explain(config: SelfSpecConfig | None, run_dir: str | None, upstream: argpar
             constants = model_constants(model_config, settings["vllm.tensor_parallel_size"])
             if config is not None:
                 widths = tuple(inputs for _, inputs in constants.layer_linears)
-                config = resolve_scheme(config, widths)
+                config = resolve_scheme(config, widths, on_gpu=gpu is not None)
             memory = plan_memory(constants, config, settings, gpu, None if gpu else _free_bytes())
         except SelfSpecError as problem:
             why_no_memory = str(problem)

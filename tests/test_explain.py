@@ -10,6 +10,7 @@ from explained_models import LLAMA_8B, QWEN_7B
 from calib import device
 from openrlhf_sd import explain, flags, gpus, launch, provenance
 from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd.drafter_scheme import default_quant
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_without_a_gpu_it_is_about_this_cpu(run_flags, capsys, monkeypatch, tmp_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code, explained = as_json(capsys, run_flags, **{"--self-spec": "auto"})
     assert code == 2
-    assert explained["config"]["quant"] == "w4"
+    assert explained["config"]["quant"] == default_quant(on_gpu=False)
     assert explained["memory"]["kv_bytes"] == 6_000_000_000  # a quarter of 0.6 x 40e9
     assert [problem.split(":")[0] for problem in explained["problems"]] == [
         "--ds.attn_implementation",

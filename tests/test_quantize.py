@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from openrlhf_sd import drafter_scheme
-from openrlhf_sd.config import SelfSpecError
+from openrlhf_sd import drafter_scheme, provenance
+from openrlhf_sd.config import SelfSpecConfig, SelfSpecError
 from openrlhf_sd.engine import quantize
 from openrlhf_sd.policy.model_constants import model_constants
 
@@ -101,6 +101,22 @@ def test_drafter_bytes_are_the_sizes_of_the_quantized_tensors(quant, group_size)
             if not name.endswith("_shape"):  # two numbers for the loader, no part of the layer
                 num_bytes += tensor.nbytes
     assert constants.drafter_bytes(quant, group_size) == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("instructions", "on_gpu", "asked", "quant"),
+    [
+        ("AVX2", False, {}, "w8a8"),
+        ("AVX2", False, {"group_size": 64}, "w4"),
+        ("AVX2", False, {"quant": "w4"}, "w4"),
+        ("AVX2", True, {}, "w4"),
+        ("AVX-512 with VNNI", False, {}, "w4"),
+    ],
+)
+def test_scheme_where_none_is_named(monkeypatch, instructions, on_gpu, asked, quant):
+    monkeypatch.setattr(provenance, "_cpu_model", lambda: f"A CPU (family 25, model 1, {instructions})")
+    config = SelfSpecConfig(mode="fixed", **asked)
+    assert drafter_scheme.resolve_scheme(config, (512, 2048), on_gpu).quant == quant
 
 
 def test_model_without_a_group_size_is_told_to_use_w8a8():

@@ -30,7 +30,7 @@ def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -
         raise SelfSpecError(f"model: {model!r} holds no readable config.json ({str(error).splitlines()[0]})") from error
     check_model(hf_config.to_dict(), "model")
     check_weights(model, "model")
-    resolved = resolve_scheme(config, linear_input_widths(hf_config, tensor_parallel_size))
+    resolved = resolve_scheme(config, linear_input_widths(hf_config, tensor_parallel_size), on_gpu=not current_platform.is_cpu())
     check_capability(resolved.quant, current_platform.get_device_capability())
     return resolved
 
