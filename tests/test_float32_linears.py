@@ -38,6 +38,13 @@ def test_product_is_that_in_float32_rounded_once(rows, has_bias) -> None:
     assert torch.equal(layer.cpu_linear(x.view(1, rows, 64), layer.weight, bias)[0], got)
 
 
+def test_rows_are_padded_by_an_eighth_at_most_and_to_few_numbers() -> None:
+    sizes = {rows: float32_linears.padded(rows) for rows in range(1, 4097)}
+    assert all(rows <= size <= rows * 1.125 for rows, size in sizes.items())
+    assert [sizes[rows] for rows in (1, 15, 16, 17, 33, 130, 4096)] == [1, 15, 16, 18, 36, 144, 4096]
+    assert len(set(sizes.values())) <= float32_linears.NUM_PRIMITIVES
+
+
 def test_new_weights_are_packed_anew() -> None:
     layer = layer_of(torch.ones(16, 32).bfloat16())
     float32_linears.dispatch(layer, remove_weight=True)

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.utils.torch_utils import direct_register_custom_op
 
 NUM_PRIMITIVES = 128
-"""Numbers of rows that oneDNN's kernels are kept for, per size of linear; gamma and the batch change them all the time."""
+"""Numbers of rows that oneDNN's kernels are kept for, per size of linear: all that `padded` leaves."""
 
 
 def are_needed() -> bool:
@@ -60,10 +60,21 @@ def _float32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """An operator, because torch.compile would choose between the two for good, and leave out the rounding between linears."""
     if x.numel() == x.shape[-1]:
         return torch.nn.functional.linear(x, weight, bias)
-    output = torch.empty(*x.shape[:-1], weight.shape[0])
-    inputs = x.reshape(-1, x.shape[-1]).float()
-    torch.ops._C.onednn_mm(output.view(-1, weight.shape[0]), inputs, None if bias is None else bias.float(), handler)
-    return output.to(x.dtype)
+    tokens = x.reshape(-1, x.shape[-1])
+    num_rows = padded(len(tokens))
+    inputs = torch.empty(num_rows, x.shape[-1])
+    inputs[: len(tokens)] = tokens
+    inputs[len(tokens) :] = 0
+    output = torch.empty(num_rows, weight.shape[0])
+    torch.ops._C.onednn_mm(output, inputs, None if bias is None else bias.float(), handler)
+    return output[: len(tokens)].to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def padded(num_rows: int) -> int:
+    """Up to 16 as it is, then the next of eight sizes per octave. oneDNN compiles a kernel for every number of rows it meets and keeps a
+    thousand of a third of a megabyte each; with gamma and the batch it would meet a new one for hours."""
+    step = 1 << max(0, (num_rows - 1).bit_length() - 4)
+    return -(-num_rows // step) * step
 
 
 def _float32_linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, handler: torch.Tensor) -> torch.Tensor:

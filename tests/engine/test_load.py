@@ -19,6 +19,9 @@ pytestmark = pytest.mark.slow
 
 NUM_REQUESTS = 10_000
 NUM_AT_ONCE = 512
+LAST_STEP_BYTES = 64 << 10
+"""The runner keeps the drafts of its last step, which had one request or many. Parameters are not seen (`garbage.py`)."""
+
 LENGTHS = [1 + (37 * number) % 97 for number in range(NUM_REQUESTS)]
 
 
@@ -59,7 +62,7 @@ def test_ten_thousand_requests(measured, warm_policy):
         num_other = sum(output != longest[number % NUM_AT_ONCE][: len(output)] for number, output in enumerate(outputs))
         assert num_other <= NUM_REQUESTS // 1000, "more than near ties of bf16 explain (tests/engine/test_greedy.py met none in 64)"
         assert core.call_utility("test_num_free_blocks") == num_blocks
-        assert tensors[3] < 1.02 * tensors[1]
+        assert tensors[3] < 1.02 * tensors[1] + LAST_STEP_BYTES
         assert engine[3] < 1.02 * engine[1]
     sizes = {"live tensors": tensors, "engine process": engine}
     shown = ", ".join(f"{name} {values[1] / 2**20:.1f} -> {values[3] / 2**20:.1f}" for name, values in sizes.items())
