@@ -2,8 +2,8 @@
 
 vLLM's kernel, oneDNN's, has nothing for such a processor but to pack the weights anew in every call: 17 ms for one row through 1024x4096
 on one core of an AMD EPYC (Zen 3). PyTorch has two. FBGEMM's multiplies int8 by int8, with weights packed once; what it does around a
-product costs more than a small one itself. The other multiplies bf16 by int8 as they come. One row takes them 0.4 and 0.8 ms, eight
-0.7 and 2.4.
+product costs more than a small one itself. The other multiplies bf16 by int8 as they come. One row takes them 0.5 and 1.2 ms, eight
+0.8 and 2.5.
 """
 
 from __future__ import annotations
