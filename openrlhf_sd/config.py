@@ -23,7 +23,7 @@ DEFAULT_MODE = "auto"
 """What a bare `--self-spec` means; README, section "Which mode", has the measurements."""
 
 QUANT_SCHEMES = ("w4", "w8a8", "none")
-"""w4: int4 weights, symmetric, one scale per group (W4A16; W4A8 on a CPU with VNNI instructions). w8a8: int8 weights per channel, int8
+"""w4: int4 weights, symmetric, one scale per group (W4A16; W4A8 on a CPU with AVX-512 VNNI). w8a8: int8 weights per channel, int8
 activations per token. none: an unquantized copy, accepted 100% by construction; for tests of exactness, not for speed."""
 
 MAX_GAMMA = 16

@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 from openrlhf_sd.config import GROUP_SIZES, SelfSpecConfig, SelfSpecError
-from openrlhf_sd.provenance import lacks_avx512
+from openrlhf_sd.provenance import lacks_bf16
 
 
 def default_quant(on_gpu: bool) -> str:
     """CPU: by measurement (docs/measurements.md, "Speed of the engine alone"). GPU: the paper's scheme; not measured by us yet."""
-    return "w8a8" if not on_gpu and lacks_avx512() else "w4"
+    return "w8a8" if not on_gpu and lacks_bf16() else "w4"
 
 
 def resolve_scheme(config: SelfSpecConfig, in_features: tuple[int, ...], on_gpu: bool) -> SelfSpecConfig:

@@ -9,7 +9,7 @@ from openrlhf_sd.config import SelfSpecConfig
 from openrlhf_sd.explain_memory import VERIFY_TENSORS, MemoryPlan
 from openrlhf_sd.explain_region import Region
 from openrlhf_sd.gpus import Gpu
-from openrlhf_sd.provenance import lacks_avx512
+from openrlhf_sd.provenance import lacks_bf16
 
 
 def notes(
@@ -21,7 +21,7 @@ def notes(
     plan, region: None where there is none.
     """
     if plan is not None:
-        yield from _memory(flags, gpu, plan)
+        yield from _memory(config, flags, gpu, plan)
     if config is None:
         return
     if plan is not None and gpu is not None:
@@ -36,7 +36,7 @@ def notes(
     yield from _prediction(config, flags, gpu, region)
 
 
-def _memory(flags: dict[str, Any], gpu: Gpu | None, plan: MemoryPlan) -> Iterator[str]:
+def _memory(config: SelfSpecConfig | None, flags: dict[str, Any], gpu: Gpu | None, plan: MemoryPlan) -> Iterator[str]:
     if plan.requests_at_once < plan.requests_per_engine:
         yield (
             f"batch: vLLM runs at most {plan.requests_at_once} requests at once (its default, which OpenRLHF leaves alone); the other "
@@ -50,11 +50,17 @@ def _memory(flags: dict[str, Any], gpu: Gpu | None, plan: MemoryPlan) -> Iterato
         )
     if gpu is not None:
         yield from _shared_gpus(flags, plan)
-    elif lacks_avx512():
+    elif lacks_bf16():
         yield (
-            "weights: without AVX-512 an engine multiplies in float32 and keeps a copy of every bf16 weight for it: of the policy, up to "
-            f"{2 * plan.policy_bytes / 1e9:.2f} GB beside what is counted above"
+            "weights: without AVX-512 an engine multiplies in float32 and keeps a copy of every bf16 weight for it: up to "
+            f"{2 * plan.policy_bytes / 1e9:.2f} GB beside what is counted above{_drafter_copy(config, plan)}"
         )
+
+
+def _drafter_copy(config: SelfSpecConfig | None, plan: MemoryPlan) -> str:
+    """Of `engine/cpu_int8.py` and, unquantized, of `cpu/float32_linears.py`."""
+    copies = {"w8a8": 1, "none": 2}.get(config.quant, 0) if config else 0
+    return f", and {copies * plan.drafter_bytes / 1e9:.2f} GB for the drafter's own copy" if copies else ""
 
 
 def _shared_gpus(flags: dict[str, Any], plan: MemoryPlan) -> Iterator[str]:

@@ -27,6 +27,7 @@ INSTRUCTIONS = {
     "avx512_bf16": "AVX-512 with bf16",
     "avx512_vnni": "AVX-512 with VNNI",
     "avx512f": "AVX-512",
+    "avx_ne_convert": "AVX2 with bf16",
     "avx2": "AVX2",
 }
 """Linux's flag -> the best instructions of a processor that has it; first come those with more."""
@@ -152,8 +153,9 @@ def cpu_model(cpuinfo: str) -> str | None:
     return f"{first['model name']} (family {first.get('cpu family')}, model {first.get('model')}, {instructions})"
 
 
-def lacks_avx512() -> bool:
-    """Whether this processor is an x86 without it; engines then keep float32 weights (`cpu/float32_linears.py`)."""
+def lacks_bf16() -> bool:
+    """Whether this processor is an x86 with neither bf16 instructions nor AVX-512, by which oneDNN does without them; engines then keep
+    float32 weights (`cpu/float32_linears.py`)."""
     return _cpu_model().endswith(f"{INSTRUCTIONS['avx2']})")
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's int8 kernels compute what the quantized checkpoint says, and vLLM chooses it where there are no VNNI instructions."""
+"""PyTorch's int8 kernels compute what the quantized checkpoint says, and vLLM chooses it where there are no AVX-512 VNNI instructions."""
 
 from __future__ import annotations
 
@@ -111,6 +111,19 @@ def test_compiled_it_computes_the_same_and_follows_a_reload():
         for name, tensor in zip(NAMES, quantize.quantize_w8(torch.randn(96, 64).bfloat16())):
             getattr(layer, name).data.copy_(tensor)
         kernel.process_weights_after_loading(layer)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("num_tokens", [2, 2000])
+def test_an_engine_of_another_dtype_gets_the_same(dtype, num_tokens):
+    kernel, layer = linear(torch.randn(32, 64).bfloat16())
+    x = torch.randn(num_tokens, 64).bfloat16()
+    given = x.to(dtype)
+    output = kernel.apply_weights(layer, given)
+    assert output.dtype == dtype
+    assert torch.equal(given, x.to(dtype))
+    assert torch.allclose(output.float(), kernel.apply_weights(layer, x).float(), rtol=2**-8, atol=0)  # rounded otherwise
 
 
 def test_leading_dimensions_are_kept():

@@ -174,7 +174,17 @@ def test_a_cpu_without_avx512_holds_the_policy_in_float32_too(run_flags, capsys,
     _, explained = as_json(capsys, run_flags)
     copies = [note for note in explained["notes"] if note.startswith("weights: without AVX-512")]
     assert bool(copies) == is_said
-    assert not is_said or f"{2 * explained['memory']['policy_bytes'] / 1e9:.2f} GB" in copies[0]
+    assert not is_said or copies[0].endswith(f"{2 * explained['memory']['policy_bytes'] / 1e9:.2f} GB beside what is counted above")
+
+
+@pytest.mark.parametrize(("quant", "copies"), [("w4", 0), ("w8a8", 1), ("none", 2)])
+def test_so_it_does_a_drafter_that_multiplies_in_int8_or_float32(run_flags, capsys, monkeypatch, tmp_path, quant, copies):
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    monkeypatch.setattr(provenance, "_cpu_model", lambda: "A CPU (family 25, model 1, AVX2)")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _, explained = as_json(capsys, run_flags, **{"--self-spec": "fixed", "--self-spec.quant": quant})
+    [note] = [note for note in explained["notes"] if note.startswith("weights: without AVX-512")]
+    assert (f"{copies * explained['memory']['drafter_bytes'] / 1e9:.2f} GB for the drafter's own copy" in note) == bool(copies)
 
 
 def test_without_a_gpu_it_is_about_this_cpu(run_flags, capsys, monkeypatch, tmp_path):

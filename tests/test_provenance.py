@@ -23,6 +23,7 @@ model name\t: AMD EPYC
         (25, "avx avx2", "AMD EPYC (family 25, model 1, AVX2)"),
         (25, "avx2 avx512f avx512_vnni", "AMD EPYC (family 25, model 1, AVX-512 with VNNI)"),
         (26, "avx2 avx512f avx512_bf16 avx512_vnni", "AMD EPYC (family 26, model 1, AVX-512 with bf16)"),
+        (6, "avx2 avx_ne_convert", "AMD EPYC (family 6, model 1, AVX2 with bf16)"),
         (6, "avx", "AMD EPYC (family 6, model 1, no AVX2)"),
     ],
 )

@@ -111,6 +111,7 @@ def test_drafter_bytes_are_the_sizes_of_the_quantized_tensors(quant, group_size)
         ("AVX2", False, {"quant": "w4"}, "w4"),
         ("AVX2", True, {}, "w4"),
         ("AVX-512 with VNNI", False, {}, "w4"),
+        ("AVX2 with bf16", False, {}, "w4"),
     ],
 )
 def test_scheme_where_none_is_named(monkeypatch, instructions, on_gpu, asked, quant):

@@ -40,6 +40,7 @@ def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
     if is_looked_up or weight.is_meta or weight.ndim != 2 or weight.dtype is not torch.bfloat16:
         _dispatch_upstream(layer, remove_weight)
         return
+    layer.cpu_linear = None  # frees the copy of before a sync: two at once would take four times the memory of the weights
     layer.cpu_linear = Float32Linear(weight.detach())
 
 

@@ -1,4 +1,4 @@
-"""The linears of a `w8a8` drafter on a CPU without VNNI instructions: PyTorch's int8 kernels.
+"""The linears of a `w8a8` drafter on an x86 CPU without AVX-512 VNNI instructions: PyTorch's int8 kernels.
 
 vLLM's kernel, oneDNN's, has nothing for such a processor but to pack the weights anew in every call: 17 ms for one row through 1024x4096
 on one core of an AMD EPYC (Zen 3). PyTorch has two. FBGEMM's multiplies int8 by int8, with weights packed once; what it does around a
@@ -9,6 +9,7 @@ product costs more than a small one itself. The other multiplies bf16 by int8 as
 from __future__ import annotations
 
 import itertools
+import platform
 import warnings
 import weakref
 from typing import Any
@@ -50,8 +51,8 @@ class TorchInt8LinearKernel(CPUInt8ScaledMMLinearKernel):
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        if torch.cpu._is_vnni_supported():
-            return False, "oneDNN is faster where there are VNNI instructions"
+        if platform.machine() != "x86_64" or torch.cpu._is_vnni_supported():
+            return False, "oneDNN is faster where there are AVX-512 VNNI instructions, and elsewhere nobody has measured"
         return super().is_supported(compute_capability)
 
     @classmethod
@@ -76,7 +77,7 @@ class TorchInt8LinearKernel(CPUInt8ScaledMMLinearKernel):
 
     def _apply_weights_torch(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         weight, scale, _, _, _ = self._get_layer_params(layer)
-        output = torch.ops.openrlhf_sd.int8_linear(x.reshape(-1, x.shape[-1]), weight, scale, self._number)
+        output = torch.ops.openrlhf_sd.int8_linear(x.reshape(-1, x.shape[-1]).bfloat16(), weight, scale, self._number)
         if bias is not None:
             output += bias
         return output.to(x.dtype).view(*x.shape[:-1], output.shape[-1])

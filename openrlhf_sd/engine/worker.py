@@ -181,6 +181,8 @@ if current_platform.is_cpu():
             cpu_repairs.install()
             cpu_int4.install()
             cpu_int8.install()
+            # As LINEARS_ARG: the drafter's kernels are chosen by it, and vLLM's digest knows nothing of the processor.
+            self.vllm_config.additional_config["self_spec_vnni"] = torch.cpu._is_vnni_supported()
             super().init_device()
 
         def self_spec_finish_sync(self) -> None:
