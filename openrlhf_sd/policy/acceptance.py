@@ -35,7 +35,8 @@ SMALLEST_UNIT = 1e-100
 """Far above what a float can no longer hold."""
 
 SIGMAS = 1.0
-"""Width of the bounds. Draft tokens of one request are not independent, so a sigma counted as if they were covers less than 68%."""
+"""Width of the bounds. Draft tokens of one request are not independent, so a sigma counted as if they were covers less than 68%.
+Half of it saves about 0.1 points more of a rollout in simulation where they are, and as much less where rejections come in bursts."""
 
 
 class AcceptanceEstimate:
