@@ -6,6 +6,7 @@ from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
+from openrlhf_sd import provenance
 from openrlhf_sd.cpu import float32_linears
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU build only")
@@ -52,6 +53,10 @@ def test_new_weights_are_packed_anew() -> None:
     float32_linears.dispatch(layer, remove_weight=True)
     for rows in (1, 3):
         assert layer.cpu_linear(torch.ones(rows, 32).bfloat16(), layer.weight, None).eq(64).all()
+
+
+def test_what_is_told_of_a_run_before_it_starts_is_what_its_engines_do() -> None:
+    assert provenance.lacks_bf16() == float32_linears.are_needed()
 
 
 def test_what_is_not_bf16_is_left_to_vllm() -> None:
