@@ -67,7 +67,9 @@ class SelfSpecConfig:
     )
     quant: str | None = field(
         default=None,
-        metadata={"help": "Drafter weights: w4, w8a8 or none. Default: w4; on an x86 CPU with neither AVX-512 nor bf16, where it is faster, w8a8."},
+        metadata={
+            "help": "Drafter weights: w4, w8a8 or none. Default: w4; w8a8 on an x86 CPU with neither AVX-512 nor bf16, being faster."
+        },
     )
     group_size: int | None = field(
         default=None,
