@@ -33,8 +33,9 @@ class PlainSteps:
             num_prefill_tokens=num_prompt_tokens,
             gamma_verified=0,
             gamma_drafted=0,
+            num_tokens=num_new_tokens,
         )
-        self._ledger.add(step, num_new_tokens)
+        self._ledger.add(step)
         self._last_output_s = now_s if num_unfinished else None
 
     def report(self) -> dict[str, Any]:

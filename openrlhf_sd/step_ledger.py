@@ -66,13 +66,10 @@ class StepLedger:
         self._speculative_predicted_s = 0.0
         self._replaced_s = 0.0
 
-    def add(self, step: MeasuredStep, num_tokens: int) -> None:
-        """Args:
-        num_tokens: generated in this step, over all its requests.
-        """
+    def add(self, step: MeasuredStep) -> None:
         if step.gamma_drafted and self._toggle is None:
             self._toggle = (self._num_steps, step.num_decodes)
-        self._extend_timeline(step, num_tokens)
+        self._extend_timeline(step)
         self._num_steps += 1
         self._num_draft_steps += step.gamma_drafted > 0
         self._gamma_sum += step.gamma_drafted
@@ -84,7 +81,7 @@ class StepLedger:
         if gamma:
             self._speculative_measured_s += step.step_s
             self._speculative_predicted_s += predicted_s
-            self._replaced_s += plain_s * num_tokens / batch
+            self._replaced_s += plain_s * step.num_tokens / batch
         else:
             self._num_plain_steps += 1
             self._plain_measured_s += step.step_s
@@ -99,7 +96,7 @@ class StepLedger:
             self._predictions[key] = plain_s, float(cycle_s(self._costs, batch, context, gamma))
         return self._predictions[key]
 
-    def _extend_timeline(self, step: MeasuredStep, num_tokens: int) -> None:
+    def _extend_timeline(self, step: MeasuredStep) -> None:
         last = self._segments[-1] if self._segments else None
         batch, gamma = step.num_decodes, step.gamma_drafted
         halved = last is not None and (batch * 2 <= last.first_batch or batch >= last.first_batch * 2 + 1)
@@ -111,7 +108,7 @@ class StepLedger:
         last.num_steps += 1
         last.last_batch = batch
         last.seconds += step.step_s or 0.0
-        last.num_tokens += num_tokens
+        last.num_tokens += step.num_tokens
 
     def _coarsen(self) -> None:
         """Merge neighbours two by two; the longer one's gamma stands for both."""

@@ -81,6 +81,7 @@ def run(
         seconds += gamma * costs.draft_step_s(batch, context) + 1e-4 * prefill
         seconds *= math.exp(draw.gauss(0, noise))
         drafted, accepted = [0] * verified_gamma, [0] * verified_gamma
+        num_left = sum(remaining)
         for index in range(batch):
             num_tokens = 1
             for position in range(verified_gamma):
@@ -90,7 +91,8 @@ def run(
                     break
                 accepted[position] += 1
                 num_tokens += 1
-            remaining[index] -= num_tokens
+            remaining[index] -= min(num_tokens, remaining[index])
+        num_left -= sum(remaining)
         remaining = [length for length in remaining if length > 0]
         context += 1 + (sum(accepted) / batch if batch else 0)
         controller.observe(
@@ -104,6 +106,8 @@ def run(
                 num_drafts=batch if verified_gamma else 0,
                 num_draft_tokens_per_pos=tuple(drafted),
                 num_accepted_tokens_per_pos=tuple(accepted),
+                num_tokens=num_left,
+                num_ended=batch - len(remaining),
             )
         )
         result.seconds += seconds

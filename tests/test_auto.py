@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
@@ -267,3 +268,28 @@ def test_a_batch_size_that_the_calibration_is_wrong_about_is_learned_and_remembe
         saved = 1 - run(learns, same(truth), lengths, acceptance, seed=seed).seconds / plain
         assert saved > 0.8 * best > 0.05
         run(learns, same(truth), [500] * 64, acceptance, seed=seed)  # and something else between
+
+
+@pytest.mark.parametrize("mean_length", [20, 40])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_what_is_drafted_past_the_ends_of_short_answers_is_no_gain(calibrated, mean_length):
+    """Cycles of five drafts would bring 4% if nobody ended; with answers of 20 tokens they lose 8%."""
+
+    class DearDrafts(GpuLike):
+        def target_step_s(self, batch, context):
+            return 1e-3 * (5 + 0.05 * batch)
+
+        def draft_step_s(self, batch, context):
+            return 0.9 * self.target_step_s(batch, context)
+
+        def verify_step_s(self, batch, context, gamma):
+            return self.target_step_s(batch, context) * (1 + 0.04 * gamma)
+
+    draw, world = random.Random(1), DearDrafts()
+    controller = AutoController(world if calibrated else None, 11)
+    seconds = plain = 0.0
+    for seed in range(10):
+        lengths = [1 + int(draw.expovariate(1 / mean_length)) for _ in range(64)]
+        seconds += run(controller, same(world), lengths, steady(0.995), seed=seed).seconds
+        plain += plain_s(same(world), lengths, seed=seed)
+    assert seconds < 1.006 * plain

@@ -72,7 +72,7 @@ def plain_rollout(lengths, step_s):
     ledger, seconds, left = StepLedger(None), 0.0, sorted(lengths)
     while left:
         seconds += step_s(len(left))
-        ledger.add(MeasuredStep(len(left), 100.0, step_s(len(left)), 0, 0, 0), len(left))
+        ledger.add(MeasuredStep(len(left), 100.0, step_s(len(left)), 0, 0, 0, num_tokens=len(left)))
         left = [length - 1 for length in left if length > 1]
     return seconds, ledger.report()["timeline"]
 

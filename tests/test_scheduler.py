@@ -43,6 +43,16 @@ def test_what_an_asynchronous_step_samples_after_an_answer_has_stopped_is_in_no_
     assert num_tokens(engine.finish()) == 5
 
 
+@both
+def test_a_controller_is_told_what_came_out_and_how_many_requests_ended(is_async):
+    engine = engine_of(is_async)
+    engine.add([11, 12, 13], max_tokens=20, stop_at=4)  # amid a draft
+    engine.add([11, 12, 13], max_tokens=10)
+    engine.finish()
+    assert sum(step.num_tokens for step in engine.steps) == sum(map(len, engine.answers.values()))
+    assert sum(step.num_ended for step in engine.steps) == len(engine.answers)
+
+
 def test_an_evaluation_leaves_the_acceptance_of_the_running_rollout_alone():
     engine = engine_of()
     engine.add([11, 12, 13], max_tokens=8)

@@ -88,6 +88,8 @@ def test_every_request_ends_with_exactly_its_length(process, gammas):
     # accepted beyond it. With no drafts there is no overshoot, and so steps times requests is the very number of tokens.
     got = sum(step.num_decodes + sum(step.num_accepted_tokens_per_pos) for step in controller.told)
     assert sum(lengths) <= got <= sum(lengths) + len(lengths) * max(gammas)
+    assert sum(step.num_tokens for step in controller.told) == sum(lengths)  # what came out
+    assert sum(step.num_ended for step in controller.told) == len(lengths)
     decodes = [observation.num_decodes for observation in controller.asked]
     assert decodes == sorted(decodes, reverse=True) and decodes[0] == len(lengths) and decodes[-1] >= 1
 

@@ -148,11 +148,12 @@ class SelfSpecScheduler(PlatformScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if scheduler_output.num_scheduled_tokens:
             # Not what the model sampled: that of a request aborted, finished or reset meanwhile is dropped.
-            delivered = (output.new_token_ids for answers in outputs.values() for output in answers.outputs)
-            self._observe(scheduler_output, sum(map(len, delivered)))
+            delivered = [output for answers in outputs.values() for output in answers.outputs]
+            num_tokens = sum(len(output.new_token_ids) for output in delivered)
+            self._observe(scheduler_output, num_tokens, num_ended=sum(output.finished for output in delivered))
         return outputs
 
-    def _observe(self, scheduler_output: SchedulerOutput, num_tokens: int) -> None:
+    def _observe(self, scheduler_output: SchedulerOutput, num_tokens: int, num_ended: int) -> None:
         now_s = time.perf_counter()
         verified = scheduler_output.scheduled_spec_decode_tokens
         num_draft_tokens = sum(map(len, verified.values()))
@@ -176,11 +177,13 @@ class SelfSpecScheduler(PlatformScheduler):
             num_drafts=self._drafts.num_drafts,
             num_draft_tokens_per_pos=self._drafts.num_draft_tokens_per_pos if verified else (),
             num_accepted_tokens_per_pos=self._drafts.num_accepted_tokens_per_pos if verified else (),
+            num_tokens=num_tokens,
+            num_ended=num_ended,
         )
         # An idle engine's time is no step time either.
         self._last_output_s = now_s if self.has_unfinished_requests() else None
         self.controller.observe(step)
-        self._ledger.add(step, num_tokens)
+        self._ledger.add(step)
         if verified and self._watch.cause is None and self._watch.has_collapsed(step):
             self._watch.turn_off(self._mean_temperature())
             logger.warning("self-speculation: off for the rest of this rollout; %s", self._watch.cause)

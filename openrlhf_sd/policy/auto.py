@@ -1,9 +1,9 @@
 """`auto`: before every step, the draft length with the fewest predicted seconds per token, 0 included.
 
 Seconds per cycle come from the calibration, or from rough ratios (rough_costs.py), corrected by the steps measured so far
-(live_costs.py); tokens per cycle from the acceptance measured so far, at its lower bound (acceptance.py). Both ways: a batch that grows
-again turns speculation off again. What is off cannot be measured, so a short trial is run now and then where a hopeful view says it might
-pay, within a fixed share of the time.
+(live_costs.py); tokens per cycle from the acceptance measured so far, at its lower bound (acceptance.py), less what is drafted past the
+ends of requests (end_rate.py). Both ways: a batch that grows again turns speculation off again. What is off cannot be measured, so a short
+trial is run now and then where a hopeful view says it might pay, within a fixed share of the time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 from openrlhf_sd.policy.acceptance import AcceptanceEstimate
+from openrlhf_sd.policy.end_rate import EndRate
 from openrlhf_sd.policy.live_costs import LiveCosts
 from openrlhf_sd.policy.observation import MeasuredStep, RolloutAcceptance, StepObservation
 from openrlhf_sd.policy.rough_costs import RoughCosts
@@ -92,6 +93,7 @@ class AutoController:
         self._costs = LiveCosts(RoughCosts(), ROUGH, gamma_max) if costs is None else LiveCosts(costs, CALIBRATED, gamma_max)
         self._budget_share = UNCALIBRATED_TRIAL_BUDGET if costs is None else TRIAL_BUDGET
         self._acceptance = AcceptanceEstimate(gamma_max)
+        self._end_rate = EndRate()
         self._gamma = 0
         self._steps_since_change = MIN_STEPS_BETWEEN_CHANGES
         self._steps_since_draft = 0
@@ -190,11 +192,17 @@ class AutoController:
     def _expected_lengths(self) -> tuple[list[float], list[float]]:
         """Tokens per cycle for every gamma, at the lower and the upper bound of acceptance."""
         if self._lengths is None:
-            self._lengths = acceptance_lengths(self._acceptance.lower()), acceptance_lengths(self._acceptance.upper())
+            goes_on = 1 - self._end_rate.per_token()
+            bounds = self._acceptance.lower(), self._acceptance.upper()
+            lower, upper = (acceptance_lengths([goes_on * acceptance for acceptance in bound]) for bound in bounds)
+            self._lengths = lower, upper
         return self._lengths
 
     def observe(self, step: MeasuredStep) -> None:
         """What the step became. Its time counts if it did nothing but decode."""
+        self._end_rate.observe(step.num_decodes, step.num_tokens, step.num_ended)
+        if step.num_ended:
+            self._lengths = None
         if step.num_drafts:
             self._acceptance.observe(step.num_draft_tokens_per_pos, step.num_accepted_tokens_per_pos)
             self._lengths = None
@@ -214,6 +222,7 @@ class AutoController:
 
     def end_rollout(self, acceptance: RolloutAcceptance) -> None:
         self._acceptance.fade(WEIGHTS_CHANGED)
+        self._end_rate = EndRate()
         self._lengths = None
         self._gamma = 0
         self._trial_steps_left = 0

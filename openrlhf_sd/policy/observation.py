@@ -56,6 +56,12 @@ class MeasuredStep:
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
     """Of those, how many had position i accepted (then all before it were too)."""
 
+    num_tokens: int = 0
+    """Tokens that came out for requests; those past a stop token or a length limit do not count."""
+
+    num_ended: int = 0
+    """Requests that ended in this step."""
+
     is_followed_alike: bool = True
     """Whether the step after it drafts as much. Asynchronous scheduling launches that one before it fetches the output of this one, so
     `step_s` may hold launches of draft steps that this one did not run, or lack some that it did."""

@@ -74,7 +74,7 @@ class Trust:
     """False: only ratios mean anything; the first plain step says what a second is."""
 
 
-CALIBRATED = Trust(plain=0.2, plain_curve=0.04, draft=0.05, draft_curve=0.05, cycle=0.05, octaves=1.0, knows_seconds=True)
+CALIBRATED = Trust(plain=0.2, plain_curve=0.15, draft=0.05, draft_curve=0.05, cycle=0.05, octaves=1.0, knows_seconds=True)
 ROUGH = Trust(plain=0.3, plain_curve=0.3, draft=0.25, draft_curve=0.25, cycle=0.1, octaves=3.0, knows_seconds=False)
 
 

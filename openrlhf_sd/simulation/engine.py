@@ -80,7 +80,7 @@ def simulate(controller, work: Workload, times: StepTimes, noise: Iterator[float
         batch = num_decodes
         if gamma_verified == 0:
             num_plain += 1
-            num_generated += num_decodes
+            num_tokens = num_decodes
         else:
             if num_plain:
                 generated += num_plain
@@ -91,12 +91,13 @@ def simulate(controller, work: Workload, times: StepTimes, noise: Iterator[float
             advance = np.minimum(accepted + 1, remaining)
             generated += advance
             remaining -= advance
-            num_generated += int(advance.sum())
+            num_tokens = int(advance.sum())
             shortest = int(remaining.min())
             drafts = _drafts(accepted, num_decodes, gamma_verified)
             run.num_drafts += num_decodes
             run.num_draft_tokens += num_decodes * gamma_verified
             run.num_accepted_tokens += sum(drafts[2])
+        num_generated += num_tokens
         if num_plain == shortest:
             generated += num_plain
             remaining -= num_plain
@@ -106,7 +107,10 @@ def simulate(controller, work: Workload, times: StepTimes, noise: Iterator[float
             num_decodes, num_generated = len(remaining), int(generated.sum())
             shortest = int(remaining.min()) if num_decodes else 0
 
-        controller.observe(MeasuredStep(batch, context, step_s if run.num_steps else None, 0, gamma_verified, gamma, *drafts))
+        ended = batch - num_decodes
+        controller.observe(
+            MeasuredStep(batch, context, step_s if run.num_steps else None, 0, gamma_verified, gamma, *drafts, num_tokens, ended)
+        )
         run.seconds += step_s
         run.num_steps += 1
         run.steps_by_gamma[gamma] += 1
@@ -116,7 +120,7 @@ def simulate(controller, work: Workload, times: StepTimes, noise: Iterator[float
 
 
 def _drafts(accepted: np.ndarray, num_decodes: int, gamma: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """The last three fields of MeasuredStep: drafts, draft tokens and accepted tokens per position."""
+    """Three fields of MeasuredStep: drafts, draft tokens and accepted tokens per position."""
     by_count = np.bincount(accepted, minlength=gamma + 1)
     reached = num_decodes - np.cumsum(by_count[:gamma])
     return num_decodes, (num_decodes,) * gamma, tuple(reached.tolist())
