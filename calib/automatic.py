@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from calib import sweep_plan
 from calib.command_line import CommandParser, number
 from calib.device import device_name, has_gpu, read_model_config
 from openrlhf_sd.calibration import FORMAT, Calibration, check_matches, load, shipped, shipped_paths
@@ -113,7 +114,8 @@ def sweep_key(identity: dict[str, Any], model_config: dict[str, Any], logprobs: 
         "torch_compile": os.environ.get("TORCH_COMPILE_DISABLE", "0") != "1",  # vLLM's sampler compiles whatever the engine does
         "model": model_constants(model_config, identity["tensor_parallel_size"]).to_dict(),
         "executor": IN_PROCESS_EXECUTOR,  # on a CPU; before there was one, a step took messages to another process
-        **({} if has_gpu() else {"worker": PLAIN_WORKER, "int8": "fbgemm"}),  # without AVX-512, or VNNI, other kernels than before
+        # On a CPU, what was another before: without AVX-512, or VNNI, the kernels; the largest batches of the plan.
+        **({} if has_gpu() else {"worker": PLAIN_WORKER, "int8": "fbgemm", "batches": sweep_plan.CPU_BATCHES}),
         "versions": {package: installed_version(package) for package in ("vllm", "torch")} | {"openrlhf_sd": _own_version()},
     }
     return _digest(ingredients)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from openrlhf_sd.config import SelfSpecError
 
-CPU_BATCHES = (1, 2, 4, 8, 16)
+CPU_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CPU_CONTEXTS = (64, 256, 512)
 CPU_GAMMAS = (1, 2, 3, 5)
 GPU_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)

@@ -16,12 +16,9 @@ pytestmark = pytest.mark.slow
 
 STEPS = 2
 AGENT = Path(__file__).with_name("two_turn_agent.py")
-MAX_VLLM_KL = 1e-3
-"""bf16 noise of this policy is 1e-4 to 4e-4 a step, with and without speculation (tests/engine/test_grpo_end_to_end.py)."""
-
-MAX_AGENT_VLLM_KL = 3e-3
-"""The agent has the policy go on after its answer has ended, where it has never been: -4e-6 to 1.2e-3 in 8 speculating steps, 2.5e-4 to
-7.5e-4 in 6 vanilla ones."""
+MAX_VLLM_KL = 5e-3
+"""A stale head makes 1e-1. bf16 noise is 1e-5 to 1e-4 in most steps, up to 1e-3 where an agent has the policy go on after its answer has
+ended, and was 2.5e-3 once (tests/engine/test_grpo_end_to_end.py says why)."""
 
 ASYNC = ("--train.async_enable", "--train.async_queue_size", 2)
 SLEEP = ("--train.colocate_all", "--vllm.enable_sleep", "--ds.enable_sleep", "--vllm.sync_backend", "gloo")
@@ -100,17 +97,16 @@ def test_trains(measured, mode, warm_policy, data, tmp_path):
     for row in rows:
         assert row["audit"]["num_tokens"] > 0
     audits = max(row["audit"]["mean_abs_diff"] for row in rows)
-    kl = shown_kl(run_dir, MAX_AGENT_VLLM_KL if AGENT in flags else MAX_VLLM_KL)
-    measured(f"{mode}: {kl}, audit: mean |logprob difference| up to {audits:.4f}")
+    measured(f"{mode}: {shown_kl(run_dir)}, audit: mean |logprob difference| up to {audits:.4f}")
 
 
-def shown_kl(run_dir: Path, at_most: float = MAX_VLLM_KL) -> str:
+def shown_kl(run_dir: Path) -> str:
     """Asserts that the rollout's logprobs are those of the trainer's model, where the run has asked for them."""
     steps = load_run(run_dir).scalars.get("train/vllm_kl")
     if not steps:
         return "no vllm_kl"
     values = list(steps.values())
-    assert statistics.mean(map(abs, values)) < at_most, values
+    assert statistics.mean(map(abs, values)) < MAX_VLLM_KL, values
     return "vllm_kl " + ", ".join(f"{value:.1e}" for value in values)
 
 
