@@ -46,12 +46,6 @@ def recording_class(base: type) -> type:
             await super().__init__(*args, **kwargs)
 
         async def generate(self, prompt_token_ids, sampling_params, multi_modal_data=None):
-            """As upstream, which reads a request's last output only: the ones before it, a list of all tokens and a turn of the event loop
-            per request and step, are not made. They took this process a core while 64 requests decoded."""
-            from vllm.sampling_params import RequestOutputKind
-
-            sampling_params = sampling_params.clone()
-            sampling_params.output_kind = RequestOutputKind.FINAL_ONLY
             self._record.request_started(time.perf_counter())
             try:
                 output = await super().generate(prompt_token_ids, sampling_params, multi_modal_data)
