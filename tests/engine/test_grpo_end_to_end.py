@@ -61,7 +61,6 @@ def adaptive(warm_policy, gpu_costs, task) -> Path:
 
 def test_rollout_and_trainer_agree_no_worse_than_without_speculation(measured, runs):
     vanilla = vllm_kl(measured, "vanilla", runs["vanilla"])
-    assert all(0 < abs(value) < 5e-3 for value in vanilla)  # a stale head makes 1e-1
     for arm in ("fixed", "auto"):
         # bf16 noise: same order of magnitude, on 96 different responses. A response that leaves the policy's path has tokens whose noise is
         # not small (0.9 in one of plain vLLM's 37,000, against the model in float32), so one step of the three may be far off.
@@ -71,7 +70,7 @@ def test_rollout_and_trainer_agree_no_worse_than_without_speculation(measured, r
 def vllm_kl(measured, arm: str, run_dir: Path) -> list[float]:
     steps = list(load_run(run_dir).scalars["train/vllm_kl"].values())
     measured(f"GRPO, {arm}: vllm_kl per step " + ", ".join(f"{value:.1e}" for value in steps))
-    assert len(steps) == STEPS
+    assert len(steps) == STEPS and all(0 < abs(value) < 1e-2 for value in steps)  # a stale head makes 1e-1
     return steps
 
 
