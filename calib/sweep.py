@@ -317,7 +317,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--quant", choices=QUANT_SCHEMES, default=scheme, help="drafter weights (default here: %(default)s)")
     parser.add_argument("--tensor-parallel-size", type=number(int, 1, 64), default=1, metavar="N", help="GPUs of an engine (default: 1)")
     for flag, kind, what in (
-        ("--batches", count, "decoding requests (default: up to 16 on a CPU, 64 on a GPU)"),
+        ("--batches", count, "decoding requests (default: up to 64)"),
         ("--seqs", count, "tokens in context (default: up to 512 on a CPU, 4096 on a GPU)"),
         ("--gammas", numbers(int, 1, MAX_GAMMA), "draft tokens per cycle (default: up to 5 on a CPU, 11 on a GPU)"),
     ):

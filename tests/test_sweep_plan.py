@@ -295,6 +295,9 @@ def test_a_gpu_beside_a_cpu_build_of_vllm_is_not_the_device(monkeypatch):
 
 def test_quick_flags_choose_by_platform():
     flags = SimpleNamespace(quick=True, batches=None, seqs=None, gammas=None)
-    assert max(cell.batch for cell in sweep.planned_cells(flags, on_gpu=False, max_positions=1024)) == 16
-    assert max(cell.batch for cell in sweep.planned_cells(flags, on_gpu=True, max_positions=32768)) == 64
-    assert max(cell.context for cell in sweep.planned_cells(flags, on_gpu=True, max_positions=32768)) == 4096
+    on_cpu = list(sweep.planned_cells(flags, on_gpu=False, max_positions=32768))
+    on_gpu = list(sweep.planned_cells(flags, on_gpu=True, max_positions=32768))
+    assert (max(cell.context for cell in on_cpu), max(cell.context for cell in on_gpu)) == (512, 4096)
+    assert (max(max(cell.gammas) for cell in on_cpu), max(max(cell.gammas) for cell in on_gpu)) == (7, 11)
+    # Rollouts decode at batches far above 16: a fit to 16 requests had a step of 64 wrong by half.
+    assert max(cell.batch for cell in on_cpu) == max(cell.batch for cell in on_gpu) == 64
