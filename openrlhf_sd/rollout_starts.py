@@ -11,6 +11,11 @@ import threading
 from typing import Any
 
 
+LOOK_EVERY_S = 0.2
+"""The thread that waits is in Ray for so long at a time, and out of it before Ray shuts down: a `ray.get` under way then reads memory that
+is gone, and the launcher ends by a segmentation fault."""
+
+
 class EngineStartError(RuntimeError):
     """A rollout engine could not start."""
 
@@ -22,16 +27,21 @@ class RolloutStarts:
         self._failure: Exception | None = None
         self._is_closed = False
         self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
 
     def watch(self, engines: list[Any]) -> None:
         """Ray actors that are starting. Returns at once; the main thread is interrupted when one has failed."""
-        threading.Thread(target=self._wait, args=(engines,), daemon=True).start()
+        self._threads.append(threading.Thread(target=self._wait, args=(engines,), daemon=True))
+        self._threads[-1].start()
 
     def _wait(self, engines: list[Any]) -> None:
         import ray
 
         try:
-            ray.get([engine.__ray_ready__.remote() for engine in engines])
+            starting = [engine.__ray_ready__.remote() for engine in engines]
+            while starting and not self._is_closed:
+                ready, starting = ray.wait(starting, timeout=LOOK_EVERY_S)
+                ray.get(ready)
         except ray.exceptions.RayError as failure:
             with self._lock:
                 if not self._is_closed:
@@ -39,9 +49,11 @@ class RolloutStarts:
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     def close(self) -> None:
-        """What fails from now on is being ended, and interrupts nobody."""
+        """What fails from now on is being ended, and interrupts nobody. Ray may shut down after it."""
         with self._lock:
             self._is_closed = True
+        for thread in self._threads:
+            thread.join()
 
     def raise_failure(self) -> None:
         """For the main thread, interrupted. Raises EngineStartError where it was for an engine."""

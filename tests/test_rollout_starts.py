@@ -8,7 +8,7 @@ import sys
 import pytest
 
 CODE = """
-import os, signal, sys, time
+import os, threading, signal, sys, time
 import ray
 from openrlhf_sd.cpu.ray_start import session_dir
 from openrlhf_sd.rollout_starts import EngineStartError, RolloutStarts
@@ -16,6 +16,8 @@ from openrlhf_sd.rollout_starts import EngineStartError, RolloutStarts
 @ray.remote
 class Engine:
     def __init__(self, fails):
+        if fails is None:
+            time.sleep(60)
         if fails:
             raise ValueError("no memory left")
 
@@ -25,6 +27,7 @@ def interrupt(*_):
 with session_dir() as folder:
     ray.init(num_cpus=2, address="local", include_dashboard=False, _temp_dir=folder, log_to_driver=False)
     signal.signal(signal.SIGTERM, interrupt)
+    num_threads = threading.active_count()
     starts = RolloutStarts()
     engines = [Engine.remote(fails) for fails in {fails}]
     if {is_closed}:
@@ -40,6 +43,7 @@ with session_dir() as folder:
         except EngineStartError as error:
             print(error)
     starts.close()
+    assert threading.active_count() == num_threads, "a thread of ours is in Ray while it shuts down"
     ray.shutdown()
 """
 
@@ -50,10 +54,11 @@ with session_dir() as folder:
         pytest.param([False, True], False, "time.sleep(60)", "a rollout engine could not start (ValueError: no memory left);", id="fails"),
         pytest.param([False, False], False, "time.sleep(5)", "not interrupted", id="starts"),
         pytest.param([True], True, "time.sleep(8)", "not interrupted", id="fails when the run has ended"),
-        pytest.param([False], False, "os.kill(os.getpid(), signal.SIGTERM)", "interrupted by somebody else", id="SIGTERM"),
+        pytest.param([None], False, "os.kill(os.getpid(), signal.SIGTERM)", "interrupted by somebody else", id="SIGTERM"),
     ],
 )
 def test_main_thread(fails, is_closed, meanwhile, heard):
     code = CODE.format(fails=fails, is_closed=is_closed, meanwhile=meanwhile)
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines()[-1].startswith(heard), finished.stdout + finished.stderr
