@@ -74,16 +74,14 @@ def calibrate_this_machine(model: str | Path, quant: str, tensor_parallel_size: 
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     key = sweep_key(identity, config, logprobs)
-    path = _kept_path(key)
+    path, sweep_path = _kept_path(key), folder / f"{key}-{Path(model).resolve().name}.csv"
     with _locked(folder / f"{key}.lock"):
         if path.exists():
             check_matches(load(path), model_config=config, **identity)
-            _say(f"calibration measured here before: {path} (delete it to measure again)")
+            _say(f"calibration measured here before: {path} (to measure again, delete it and {sweep_path})")
             return path
-        sweep_path = folder / f"{key}-{Path(model).resolve().name}.csv"
         _say(
-            "no calibration for this machine and model yet; measuring, once: a minute for a small model, many for a large one on a CPU "
-            f"({sweep_path})"
+            f"no calibration for this machine and model yet; measuring, once: a minute or two ({sweep_path})"
         )
         _sweep(model, quant, tensor_parallel_size, logprobs, sweep_path)
         _fit(sweep_path, config, identity).save(path)

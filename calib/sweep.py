@@ -154,7 +154,6 @@ def cells_in_memory(cells: Sequence[Cell], constants: ModelConstants, setting: S
 
     policy_bytes, drafter_bytes = constants.policy_bytes, constants.drafter_bytes(setting.quant)
     gamma_max = max(gamma for cell in cells for gamma in cell.gammas)
-    # A self-speculating engine on a GPU takes them when it starts; a CPU engine does not profile.
     # A self-speculating engine takes these when it starts, on a GPU; one on a CPU does not profile.
     drafts_bytes = VERIFY_TENSORS * FP32_BYTES * max_num_seqs(cells) * gamma_max * constants.vocab_size if has_gpu() else 0
     free = free_bytes(setting.tensor_parallel_size)

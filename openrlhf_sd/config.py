@@ -13,7 +13,7 @@ from typing import Any
 
 MODES = ("fixed", "toggle", "adaptive", "auto")
 """fixed: always speculate, constant gamma (paper: rtn). toggle: switch on once in a rollout (paper: toggle).
-adaptive: toggle plus a gamma ladder between rollouts (paper: the full method). auto: gamma chosen before every step, 0 included.
+adaptive: toggle plus a gamma ladder between rollouts (paper: the full method). auto: gamma chosen within a rollout, 0 included.
 Vanilla is the absence of a mode."""
 
 CALIBRATED_MODES = ("toggle", "adaptive", "auto")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import threading
 
 import pytest
 import torch
@@ -99,6 +100,36 @@ def test_packed_weights_go_with_their_linear():
     del kernel
     gc.collect()
     assert len(cpu_int8._packed) == before
+
+
+@needs_fbgemm
+def test_packing_is_over_when_it_is_said_to_be_and_few_linears_wait_for_it(monkeypatch):
+    cpu_int8.finish_packing()
+    may_go_on, packed = threading.Event(), []
+
+    def slow_pack(weight, scale):
+        may_go_on.wait(timeout=60)
+        packed.append(weight)
+        return pack(weight, scale)
+
+    pack = cpu_int8.pack
+    monkeypatch.setattr(cpu_int8, "pack", slow_pack)
+    linears = [linear(torch.randn(32, 64).bfloat16()) for _ in range(cpu_int8.MAX_UNDER_WAY)]
+    assert not packed, "the next layer does not wait"
+    threading.Timer(0.2, may_go_on.set).start()
+    linears.append(linear(torch.randn(32, 64).bfloat16()))
+    assert packed, "but for a whole layer it does"
+    cpu_int8.finish_packing()
+    assert len(packed) == len(linears)
+
+
+@needs_fbgemm
+def test_what_goes_wrong_with_a_packing_is_an_error_of_the_sync(monkeypatch):
+    cpu_int8.finish_packing()
+    monkeypatch.setattr(cpu_int8, "pack", lambda weight, scale: 1 / 0)
+    linear(torch.randn(32, 64).bfloat16())
+    with pytest.raises(ZeroDivisionError):
+        cpu_int8.finish_packing()
 
 
 @needs_fbgemm

@@ -50,8 +50,9 @@ PLAIN_VLLM = """\
 from vllm import LLM
 from openrlhf_sd import SelfSpecConfig, engine_args
 
-llm = LLM(model, **engine_args(SelfSpecConfig(mode="fixed", gamma=3, quant="w4"), model))
-print(llm.generate("Hello")[0].outputs[0].text)
+if __name__ == "__main__":  # on a CPU vLLM starts its processes by spawning
+    llm = LLM(model, **engine_args(SelfSpecConfig(mode="fixed", gamma=3, quant="w4"), model))
+    print(llm.generate("Hello")[0].outputs[0].text)
 """
 TO_SAFETENSORS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,8 +78,9 @@ ELSEWHERE = {
     "python -m calib.automatic --model DIR --logprobs 1": AUTOMATIC,
     "python -m calib.simulate_grid": "tests/test_documented_commands.py::test_simulate_grid",
     "python -m pytest tests/test_math_reward.py": MATH_REWARD,
+    "python tests/upstream/vllm_stop_string.py": "tests/test_upstream_faults.py::test_the_fault_is_there",
     TO_SAFETENSORS: "tests/test_security.py::test_the_documented_conversion_keeps_weights_and_runs_no_code",
-    PLAIN_VLLM: "tests/engine/test_distribution.py::test_same_distribution_as_plain_vllm",
+    PLAIN_VLLM: "tests/engine/test_plain_vllm.py::test_the_documented_script_runs",
 }
 
 GRID = (

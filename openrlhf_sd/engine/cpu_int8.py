@@ -12,6 +12,8 @@ import itertools
 import platform
 import warnings
 import weakref
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -31,10 +33,19 @@ MAX_INPUT = 63
 """Inputs are rounded to -63..63, seven bits: FBGEMM sums two products in 16 bits, and 8 bits by 8 would not fit. A shift by 64 makes them
 unsigned, as it wants them."""
 
-_packed: dict[int, Any] = {}
+MAX_UNDER_WAY = 4
+"""Linears whose packing may wait its turn, a decoder layer's: each holds its int8 weights in memory until then."""
+
+_packed: dict[int, Future] = {}
 """FBGEMM's weights by number. A compiled graph holds a number, in a tensor, because it cannot hold these."""
 
 _numbers = itertools.count()
+
+_packer = ThreadPoolExecutor(1, thread_name_prefix="int8-packing")
+"""FBGEMM packs on one core, and that is most of a re-quantization: it goes on while the next layer is quantized. One thread, because the
+choice of FBGEMM is a setting of the whole process."""
+
+_under_way: deque[Future] = deque()
 
 
 def install() -> None:
@@ -73,7 +84,7 @@ class TorchInt8LinearKernel(CPUInt8ScaledMMLinearKernel):
             self._number = torch.tensor(number)
             weakref.finalize(self, _packed.pop, number, None)
         if _has_fbgemm():
-            _packed[int(self._number)] = pack(weight.data, scale.data)
+            _packed[int(self._number)] = _pack_soon(weight.data, scale.data)
 
     def _apply_weights_torch(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         weight, scale, _, _, _ = self._get_layer_params(layer)
@@ -85,6 +96,19 @@ class TorchInt8LinearKernel(CPUInt8ScaledMMLinearKernel):
 
 def _has_fbgemm() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def _pack_soon(weight: torch.Tensor, scale: torch.Tensor) -> Future:
+    if len(_under_way) == MAX_UNDER_WAY:
+        _under_way.popleft().result()
+    _under_way.append(_packer.submit(pack, weight, scale))
+    return _under_way[-1]
+
+
+def finish_packing() -> None:
+    """Return when all weights that were loaded are packed. Raises what went wrong with one."""
+    while _under_way:
+        _under_way.popleft().result()
 
 
 def pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
@@ -102,11 +126,12 @@ def pack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
 
 def _int8_linear(tokens: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     """(tokens, in) bf16, (out, in) int8, (out, 1) float32 -> (tokens, out) float32."""
-    packed = _packed.get(int(number)) if len(tokens) * weight.numel() > SMALL_PRODUCT else None
-    if packed is None:
+    packing = _packed.get(int(number)) if len(tokens) * weight.numel() > SMALL_PRODUCT else None
+    if packing is None:
         # The kernel wants scales in bf16. They are float32: those of the quantization, so they multiply what it has summed up.
         ones = torch.ones(len(weight), dtype=torch.bfloat16)
         return torch._weight_int8pack_mm(tokens, weight, ones) * scale.view(1, -1)
+    packed = packing.result()
     inputs = tokens.float()
     steps = inputs.abs().amax(dim=-1, keepdim=True).div_(MAX_INPUT).clamp_(min=torch.finfo(torch.float32).tiny)
     return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(inputs.div_(steps), 1.0, MAX_INPUT + 1, packed).mul_(steps)

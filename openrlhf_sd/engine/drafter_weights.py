@@ -7,6 +7,7 @@ tensor-parallel slicing and kernel repacking, and copy into the existing storage
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from vllm.config import ModelConfig
@@ -24,9 +25,17 @@ class DrafterWeights:
         draft_model: the drafter as vLLM's model class, with embeddings, final norm and head shared with the policy.
         model_config: vLLM's config of the draft model.
         quant, group_size: scheme, see `quantize.py`.
+        finish_kernels: waits for what a kernel does with loaded weights in the background.
     """
 
-    def __init__(self, draft_model: torch.nn.Module, model_config: ModelConfig, quant: str, group_size: int) -> None:
+    def __init__(
+        self,
+        draft_model: torch.nn.Module,
+        model_config: ModelConfig,
+        quant: str,
+        group_size: int,
+        finish_kernels: Callable[[], None],
+    ) -> None:
         self._model = draft_model
         # Only the decoder layers are reloaded: the shared modules hang in the same tree, but belong to the policy's own reload.
         self._layers = draft_model.model.layers
@@ -34,6 +43,7 @@ class DrafterWeights:
         self._model_config = model_config
         self._quant = quant
         self._group_size = group_size
+        self._finish_kernels = finish_kernels
         self._is_open = False
         self._storages: dict[str, torch.Tensor] = {}
         self._pending: Tensors = []
@@ -87,6 +97,7 @@ class DrafterWeights:
             with not_missing(self._never_sent):
                 finalize_layerwise_reload(self._layers, self._model_config)
             self._move_back()
+            self._finish_kernels()
         self._is_open = False
         self.requantize_s = self._spent_s + time.perf_counter() - started
         # Counted per sync: one that delivers nothing under these names must not pass for the one before it.

@@ -7,7 +7,7 @@ no KV cache, embedding, final norm or head of its own, and no pass over the prom
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,12 +30,15 @@ _DRAFT_PREFIX = "draft_model."
 
 
 class SelfDraftProposer(DraftModelProposer):
-    """Args: as upstream, then the resolved scheme and group size."""
+    """Args: as upstream, then the resolved scheme and group size, and what `DrafterWeights` waits for."""
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner, quant: str, group_size: int) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, runner, quant: str, group_size: int, finish_kernels: Callable[[], None]
+    ) -> None:
         super().__init__(vllm_config, device, runner)
         self._quant = quant
         self._group_size = group_size
+        self._finish_kernels = finish_kernels
         self.weights: DrafterWeights | None = None
 
     def _create_draft_vllm_config(self) -> VllmConfig:
@@ -52,7 +55,7 @@ class SelfDraftProposer(DraftModelProposer):
         super().load_model(target_model)
         self.model.model.norm = target_model.model.norm
         self.take_over_attention_scales()
-        self.weights = DrafterWeights(self.model, self.draft_model_config, self._quant, self._group_size)
+        self.weights = DrafterWeights(self.model, self.draft_model_config, self._quant, self._group_size, self._finish_kernels)
         self.quantize_checkpoint(target_model)
 
     @torch.no_grad()

@@ -31,6 +31,9 @@ class BrokenWeightsError(RuntimeError):
 class _SelfSpecWorking:
     """Mixed into the platform's own Worker."""
 
+    def _self_spec_finish_kernels(self) -> None:
+        """Nothing is done with loaded weights in the background."""
+
     def init_device(self) -> None:
         compat.check_versions()
         garbage.end_without_search()
@@ -39,7 +42,9 @@ class _SelfSpecWorking:
         if self.use_v2_model_runner:
             raise RuntimeError("self-speculation: needs vLLM's V1 model runner; unset VLLM_USE_V2_MODEL_RUNNER")
         runner = self.model_runner
-        runner.drafter = SelfDraftProposer(self.vllm_config, runner.device, runner, quant=config.quant, group_size=config.group_size)
+        runner.drafter = SelfDraftProposer(
+            self.vllm_config, runner.device, runner, config.quant, config.group_size, finish_kernels=self._self_spec_finish_kernels
+        )
         self._self_spec_end_drafts_with_the_context()
         profile_longest_drafts(runner, config.num_speculative_tokens)
 
@@ -184,6 +189,9 @@ if current_platform.is_cpu():
             # As LINEARS_ARG: the drafter's kernels are chosen by it, and vLLM's digest knows nothing of the processor.
             self.vllm_config.additional_config["self_spec_vnni"] = torch.cpu._is_vnni_supported()
             super().init_device()
+
+        def _self_spec_finish_kernels(self) -> None:
+            cpu_int8.finish_packing()
 
         def self_spec_finish_sync(self) -> None:
             super().self_spec_finish_sync()

@@ -1,4 +1,4 @@
-"""`auto`: before every step, the draft length with the fewest predicted seconds per token, 0 included.
+"""`auto`: at every batch size, the draft length with the fewest predicted seconds per token, 0 included.
 
 Seconds per cycle come from the calibration, or from rough ratios (rough_costs.py), corrected by the steps measured so far
 (live_costs.py); tokens per cycle from the acceptance measured so far, at its lower bound (acceptance.py), less what is drafted past the

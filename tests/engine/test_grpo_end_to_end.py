@@ -172,3 +172,5 @@ def test_a_resumed_run_takes_the_controller_up_where_the_checkpoint_left_it(runs
     assert [row["rollout"] for row in rows] == [2], "steps 1 and 2 are in the checkpoint, step 3 was left"
     after, _ = read_rows(resumed / "ckpt" / "self_spec" / "engine0.jsonl")
     assert [state["global_step"] for state in after] == [1, 2, 3, 3]
+    # Measured once, by the first steps of a run: one that had begun anew would have a time of its own.
+    assert after[-1]["state"]["costs"]["scale_s"] == states[1]["state"]["costs"]["scale_s"]
