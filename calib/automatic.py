@@ -80,9 +80,7 @@ def calibrate_this_machine(model: str | Path, quant: str, tensor_parallel_size: 
             check_matches(load(path), model_config=config, **identity)
             _say(f"calibration measured here before: {path} (to measure again, delete it and {sweep_path})")
             return path
-        _say(
-            f"no calibration for this machine and model yet; measuring, once: a minute or two ({sweep_path})"
-        )
+        _say(f"no calibration for this machine and model yet; measuring, once: a minute or two ({sweep_path})")
         _sweep(model, quant, tensor_parallel_size, logprobs, sweep_path)
         _fit(sweep_path, config, identity).save(path)
         _say(f"calibration measured: {path}")

@@ -18,8 +18,8 @@ import gc
 import runpy
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,9 +97,10 @@ def run(argv: Sequence[str]) -> int:
 
         # The scheme and group size that will run go into config.json, not the question.
         model, ranks = settings["actor.model_name_or_path"], settings["vllm.tensor_parallel_size"]
-        config = resolve(config, model, ranks)
+        config = resolve(config, model, ranks, "--actor.model_name_or_path")
         states = controller_states(settings, config.mode)
-        calibration = choose_calibration(config, model, ranks, rollout_logprobs(settings))
+        with _ending_what_is_interrupted():
+            calibration = choose_calibration(config, model, ranks, rollout_logprobs(settings))
         if calibration is not None:
             print(f"openrlhf-sd: {config.mode} decides by a calibration {calibration.describe()}", flush=True)
         self_spec = SelfSpecRun(config, calibration and calibration.cost_model, states)
@@ -177,6 +178,20 @@ def train(
             raise
         finally:
             starts.close()
+
+
+@contextmanager
+def _ending_what_is_interrupted() -> Iterator[None]:
+    """A calibration may measure first, with engines of its own: they do not outlive a Ctrl-C or SIGTERM either."""
+    adopt_orphans()
+    handler = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        end_descendants()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -10,7 +10,6 @@ import signal
 import threading
 from typing import Any
 
-
 LOOK_EVERY_S = 0.2
 """The thread that waits is in Ray for so long at a time, and out of it before Ray shuts down: a `ray.get` under way then reads memory that
 is gone, and the launcher ends by a segmentation fault."""

@@ -7,6 +7,7 @@ engines' rows and join them with OpenRLHF's steps by it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -56,6 +57,36 @@ def record(folder, engine: int, resumed_step: int, *num_prompts: int) -> None:
         await rollouts(actor, *num_prompts)
 
     asyncio.run(run())
+
+
+PRESENT = [{5: SimpleNamespace(logprob=-0.5)}, {6: SimpleNamespace(logprob=-1.5)}]
+
+
+@pytest.mark.parametrize(
+    "logprobs, missing",
+    [
+        (None, "2 of 2 sampled tokens .*first at position 0"),
+        (PRESENT[:1], "1 of 2 sampled tokens .*first at position 1"),
+        ([PRESENT[0], {7: PRESENT[1][6]}], "1 of 2 .*first at position 1"),
+        ([PRESENT[0], {6: SimpleNamespace(logprob=float("-inf"))}], "1 of 2 .*first at position 1"),
+        (PRESENT, None),
+    ],
+)
+def test_a_sampled_token_without_a_logprob_is_an_error(logprobs, missing):
+    """OpenRLHF would read 0.0, a probability of 1 (tests/upstream/openrlhf_missing_logprob.py)."""
+
+    class Engine(Upstream):
+        async def generate(self, prompt_token_ids, sampling_params, multi_modal_data=None):
+            return SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5, 6], logprobs=logprobs, stop_reason=None)])
+
+    record = SimpleNamespace(request_started=lambda now: None, request_ended=lambda now: None, request_answered=lambda *numbers: None)
+    actor = object.__new__(_self_spec_class(Engine))
+    actor.llm = SimpleNamespace(get_tokenizer=lambda: None)
+    actor._auditor, actor._training_record, actor._record = None, None, record
+    for wanted in (missing, None):  # asked for logprobs, and not
+        expected = pytest.raises(RuntimeError, match=wanted) if wanted else contextlib.nullcontext()
+        with expected:
+            asyncio.run(actor.generate([1], SimpleNamespace(logprobs=1 if wanted == missing else None, stop=[])))
 
 
 def test_an_engine_without_requests_in_a_rollout_counts_it_all_the_same(tmp_path):

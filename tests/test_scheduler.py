@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import pytest
+from calibrations import make_calibration
 from checked_engine import CheckedEngine, told
 from fake_engine import Sizes, asynchronous, block_hasher, make_scheduler
 from vllm import SamplingParams
@@ -64,6 +66,30 @@ def test_an_evaluation_leaves_the_acceptance_of_the_running_rollout_alone():
     engine.add([11, 12, 13], max_tokens=20)
     engine.finish()
     assert engine.rollouts[-1] == training
+
+
+@both
+@pytest.mark.parametrize("mode", ["toggle", "adaptive", "auto"])
+def test_an_evaluation_leaves_the_controller_as_it_was(is_async, mode):
+    """A real one. `auto` learns from every step, so what the evaluation has taught its copy must go."""
+    module, costs = asynchronous() if is_async else synchronous, make_calibration().cost_model
+    engine = CheckedEngine(make_scheduler(module.SelfSpecScheduler, SelfSpecConfig(mode=mode), Sizes(), is_async, costs), Sizes())
+    engine.end_rollout()
+    engine.add([11, 12, 13], max_tokens=40)
+    for _ in range(12):
+        engine.turn()
+    controller, state = engine.scheduler.controller, everything_in(engine.scheduler.controller)
+    engine.begin_eval()
+    engine.add([11, 12, 13], max_tokens=40)
+    for _ in range(12):
+        engine.turn()
+    assert (everything_in(engine.scheduler.controller) != state) == (mode == "auto")
+    engine.end_eval()
+    assert engine.scheduler.controller is controller and everything_in(controller) == state
+
+
+def everything_in(controller) -> bytes:
+    return pickle.dumps(controller)
 
 
 @both

@@ -15,8 +15,11 @@ from openrlhf_sd.model_support import check_model, check_weights
 from openrlhf_sd.policy.cost_model import CostModel
 
 
-def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -> SelfSpecConfig:
+def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1, flag: str = "model") -> SelfSpecConfig:
     """Fill in what depends on the model: scheme and group size.
+
+    Args:
+        flag: that gave the model, for messages.
 
     Raises:
         SelfSpecError: the model cannot be read, the group size does not fit it, or the GPU has no kernel for the scheme.
@@ -27,9 +30,9 @@ def resolve(config: SelfSpecConfig, model: str, tensor_parallel_size: int = 1) -
         # Models that can draft for themselves need no code of their own, and a user of plain vLLM has not agreed to run any.
         hf_config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise SelfSpecError(f"model: {model!r} holds no readable config.json ({str(error).splitlines()[0]})") from error
-    check_model(hf_config.to_dict(), "model")
-    check_weights(model, "model")
+        raise SelfSpecError(f"{flag}: {model!r} holds no readable config.json ({str(error).splitlines()[0]})") from error
+    check_model(hf_config.to_dict(), flag)
+    check_weights(model, flag)
     resolved = resolve_scheme(config, linear_input_widths(hf_config, tensor_parallel_size), on_gpu=not current_platform.is_cpu())
     check_capability(resolved.quant, current_platform.get_device_capability())
     return resolved

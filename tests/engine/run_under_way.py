@@ -20,13 +20,13 @@ ENDS_WITHIN_S = 300
 class Run:
     """A training under way, with every process it ever had."""
 
-    def __init__(self, run_dir: Path, policy: Path, data: Path, *flags: object, steps: int = STEPS) -> None:
+    def __init__(self, run_dir: Path, policy: Path, data: Path, *flags: object, mode: str = "fixed", steps: int = STEPS) -> None:
         self.run_dir = run_dir
         self.log = run_dir.parent / f"{run_dir.name}.log"
         self._seen: dict[int, psutil.Process] = {}
         self.ray_folders: set[str] = set()
         with open(self.log, "wb") as log:
-            line = command(run_dir, policy, data, "--self-spec", "fixed", *flags, steps=steps)
+            line = command(run_dir, policy, data, "--self-spec", mode, *flags, steps=steps)
             self.process = psutil.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def command_lines(self) -> dict[psutil.Process, str]:

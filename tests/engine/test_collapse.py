@@ -19,7 +19,7 @@ def end_rollout(llm) -> dict:
 
 
 @pytest.mark.slow
-def test_speculation_goes_off_for_the_rollout_and_comes_back_in_the_next(measured, warm_policy):
+def test_speculation_goes_off_for_the_rollout_and_comes_back_in_the_next(measured, warm_policy, capfd):
     with plain_engine(warm_policy) as llm:
         wanted = generate(llm, PROMPTS, greedy(NUM_TOKENS))
     config = SelfSpecConfig(mode="fixed", gamma=3, quant="w8a8")
@@ -34,4 +34,5 @@ def test_speculation_goes_off_for_the_rollout_and_comes_back_in_the_next(measure
             report = end_rollout(llm)
             assert [segment[0] for segment in report["timeline"]][-1] == 0
             assert "first draft tokens accepted: cause unknown (drafter error " in report["collapse"]
+            assert capfd.readouterr().out.count("self-speculation: off for the rest of this rollout") == 1
         measured(f"useless drafter: off after {num_drafts} drafts of a rollout; {report['collapse']}")

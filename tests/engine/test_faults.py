@@ -56,6 +56,25 @@ def test_ctrl_c_ends_everything(stage, warm_policy, data, tmp_path):
     assert run.ray_folders and not any(Path(folder).exists() for folder in run.ray_folders)
 
 
+def test_a_run_that_is_ended_while_it_measures_this_machine_leaves_no_engine(warm_policy, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no calibration is kept there
+    with running(tmp_path / "run", warm_policy, data, mode="auto") as run:
+        run.wait_until(lambda: run.named("calib.timing_engine"), "an engine of the sweep")
+        run.process.terminate()  # the launcher alone, as a scheduler may; Ctrl-C of a terminal reaches the sweep by itself
+        assert run.ended() == 130
+        assert run.survivors() == []
+        assert "openrlhf-sd: interrupted" in run.output().splitlines()[-1]
+
+
+def test_a_policy_of_no_numbers_ends_the_run(warm_policy, data, tmp_path):
+    """A step of this size leaves nothing finite; the trainer itself would go on, and the engines sample from NaN."""
+    with running(tmp_path / "run", warm_policy, data, "--actor.adam.lr", "1e60") as run:
+        assert run.ended() == 1
+        assert run.survivors() == []
+        assert "parameters arrived with NaN or infinity, the first model." in run.output()
+        assert status(run.run_dir) == "failed"
+
+
 def test_an_engine_that_cannot_start_ends_the_run(warm_policy, data, tmp_path, monkeypatch):
     """OpenRLHF would wait for it to join the trainer's process group."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "zero")

