@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from openrlhf_sd.metrics import read_rows
 
-STEPS = 6
+STEPS = 4
 PROMPTS, SAMPLES = 16, 8
 MAX_TOKENS = 480
 

@@ -14,7 +14,7 @@ from openrlhf_sd import SelfSpecConfig
 AS_OPENRLHF = {"logprobs_mode": "processed_logprobs", "max_logprobs": 1}
 
 
-@pytest.mark.parametrize("quant", ["w4"])
+@pytest.mark.parametrize("quant", ["w8a8"])
 def test_processed_logprobs_are_those_of_a_forward_pass(measured, untied_policy, quant):
     prompts = token_prompts(48, 512)
     model = AutoModelForCausalLM.from_pretrained(untied_policy, dtype=torch.bfloat16)

@@ -155,10 +155,10 @@ def test_partial_rollouts(measured, warm_policy, data, tmp_path):
     """Weights change in the middle of a response; a drafter older than the policy would stop the engine (StaleDrafterError)."""
     run_dir = train(
         *(tmp_path / "run", warm_policy, data, "--self-spec", "fixed", "--self-spec.gamma", 3),
-        *(*ASYNC, "--train.partial_rollout_enable", "--data.max_samples", 6 * PROMPTS),
+        *(*ASYNC, "--train.partial_rollout_enable", "--data.max_samples", 4 * PROMPTS),
     )
     rows = self_spec_rows(run_dir)
-    assert sum(row["num_responses"] for row in rows) == 6 * PROMPTS * SAMPLES
+    assert sum(row["num_responses"] for row in rows) == 4 * PROMPTS * SAMPLES
     assert_fresh_and_exact(rows, 1, last_is_full=False)
     assert any(len(row["response_lengths"]) % (PROMPTS * SAMPLES) for row in rows), "no sync fell into a rollout"
     measured(f"partial rollouts: responses per sync {[row['num_responses'] for row in rows]}")

@@ -27,7 +27,7 @@ def command(run_dir: Path, policy: Path, data: Path, *flags: object, steps: int 
         *("env", "TORCH_COMPILE_DISABLE=1", sys.executable, "-m", "openrlhf_sd.launch", "--self-spec.run_dir", run_dir),
         *("--actor.model_name_or_path", policy, "--reward.remote_url", QUICKSTART / "reward.py"),
         *("--data.prompt_dataset", data / "prompts.jsonl", "--data.input_key", "input", "--data.label_key", "label"),
-        *("--data.max_len", 256, "--rollout.max_new_tokens", 200, "--data.max_samples", steps * PROMPTS),
+        *("--data.max_len", 256, "--rollout.max_new_tokens", 128, "--data.max_samples", steps * PROMPTS),
         *("--rollout.batch_size", PROMPTS, "--rollout.n_samples_per_prompt", SAMPLES, "--rollout.micro_batch_size", 8),
         *("--train.batch_size", PROMPTS * SAMPLES, "--train.micro_batch_size", 8),
         *("--vllm.num_engines", 1, "--vllm.enforce_eager", "--vllm.gpu_memory_utilization", 0.3),
